@@ -1,0 +1,88 @@
+"""What an optimization is: data plus two functions.
+
+Whatever drives a gate, a microbenchmark or a report is read from these dataclasses, so adding an optimization touches
+one folder and no other file. Tolerances, iteration counts and skip lists are absent on purpose: the gate owns them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from loop.run import Run
+
+
+class Exactness(Enum):
+    """What the author of an optimization claims; the gate checks it."""
+
+    BITWISE = "bitwise"  # same bits out
+    ROUNDING = "rounding"  # same real-number function, other rounding or order of sums
+    APPROX = "approx"  # another function: measured and reported, never called lossless
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Hardware and packages without which an optimization cannot run at all.
+
+    cuda: needs a CUDA device. triton: has Triton kernels; on a box without a GPU they run in Triton's interpreter and
+    are gated but not timed. capability: lowest and highest CUDA compute capability, inclusive. packages: import names.
+    """
+
+    cuda: bool = False
+    triton: bool = False
+    capability: tuple[tuple[int, int], tuple[int, int]] | None = None
+    packages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One microbenchmark case. `shape` maps dimension names to sizes, e.g. {"T": 5376, "I": 6144}."""
+
+    name: str
+    shape: Mapping[str, int]
+    dtype: str = "bfloat16"
+    small: bool = False  # small enough for a CPU box and for Triton's interpreter
+
+
+@dataclass(frozen=True)
+class Op:
+    """The two sides of an optimization as functions of the same inputs.
+
+    `inputs(workload, device, seed)` returns a tuple of tensors and nn.Modules. `reference(*inputs)` and
+    `candidate(*inputs)` return a tensor or a tuple of tensors. Gradients are compared for every floating-point tensor in
+    `inputs` that requires one and for every trainable parameter of a module in it.
+    `bytes_moved(workload)` and `flops(workload)` are the least that forward plus backward must move and compute.
+    """
+
+    reference: Callable[..., Any]
+    candidate: Callable[..., Any]
+    inputs: Callable[[Workload, torch.device, int], tuple[Any, ...]]
+    workloads: tuple[Workload, ...]
+    bytes_moved: Callable[[Workload], int]
+    flops: Callable[[Workload], int]
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """One speed-up.
+
+    eligible(run): None, or in words why this run can't have it. apply(run): changes `run.model` (modules swapped for
+    modules), `run.loss_head`, `run.micro_step` or `run.optimizer`, and nothing else. `why_exact` names the argument for
+    `exactness`, and for ROUNDING the operation whose rounding or order of summation changes.
+    """
+
+    name: str
+    summary: str
+    exactness: Exactness
+    why_exact: str
+    eligible: Callable[[Run], str | None]
+    apply: Callable[[Run], None]
+    op: Op | None = None
+    needs: Needs = field(default_factory=Needs)
+    conflicts: tuple[str, ...] = ()
+    source: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""Optimizations that ship on no measured device: the same folder shape as `kernels/`, plus the evidence."""
