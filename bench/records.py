@@ -11,12 +11,15 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from abtest.verdict import Check, Level, Verdict
 from loop.errors import UserError
 
 SCHEMA = 1
+TEXT_FIELDS = ("run_id", "arm", "role", "summary", "exactness", "why_exact", "command", "finished_at")
+MAPPINGS = ("environment", "recipe", "data")
+JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
 Role = Literal["reference", "optimization", "combination", "peer"]
 
 
@@ -76,7 +79,7 @@ class Record:
 
     def __post_init__(self) -> None:
         if self.perf is not None and not self.verdict.level.lossless:
-            raise ValueError(f"arm {self.arm!r} is {self.verdict.level.value}: a record that did not pass its gate holds no time")
+            raise ValueError(f"arm {self.arm!r} is {self.verdict.level.value}: what did not pass its gate holds no time")
         if self.perf is not None and self.untimed is not None:
             raise ValueError(f"arm {self.arm!r} has both a time and a reason for having none")
         if self.verdict.level.lossless and any(not check.passed for check in self.verdict.checks):
@@ -105,26 +108,63 @@ def _plain(value: Any) -> Any:
 
 
 def from_json(line: str) -> Record:
-    """The inverse of `to_json`. Raises ValueError, TypeError or KeyError for a line that is no valid record."""
-    fields = json.loads(line)
-    if not isinstance(fields, dict):
-        raise ValueError("not a JSON object")
-    verdict = fields.pop("verdict")
-    checks = tuple(Check(**_numbers(check, ("value", "limit"))) for check in verdict["checks"])
+    """The inverse of `to_json`. Raises for a line that is no valid record: ValueError, TypeError, KeyError, OverflowError
+    (an integer that no float holds) or RecursionError (nested too deep)."""
+    fields = _expect(json.loads(line), dict, "the line")
+    for name, kind in (dict.fromkeys(TEXT_FIELDS, str) | dict.fromkeys(MAPPINGS, dict)).items():
+        _expect(fields[name], kind, name)
+    for name, kind in (("untimed", str), ("micro", dict)):
+        if fields.get(name) is not None:
+            _expect(fields[name], kind, name)
+    if fields["role"] not in get_args(Role):
+        raise ValueError(f"role is {fields['role']!r}, not one of {', '.join(get_args(Role))}")
+    verdict = _expect(fields.pop("verdict"), dict, "verdict")
+    checks = tuple(_check(check) for check in _expect(verdict["checks"], list, "checks"))
     perf = fields.pop("perf", None)
     for name in ("losses", "reference_losses", "noise_sigma"):
         fields[name] = tuple(float(value) for value in fields.get(name, ()))
     return Record(
-        verdict=Verdict(Level(verdict["level"]), verdict["reason"], checks),
-        perf=None if perf is None else Perf(**perf),
-        optimizations=tuple(fields.pop("optimizations")),
-        notes=tuple(fields.pop("notes", ())),
+        verdict=Verdict(Level(verdict["level"]), _expect(verdict["reason"], str, "reason"), checks),
+        perf=None if perf is None else _perf(_expect(perf, dict, "perf")),
+        optimizations=_strings(fields.pop("optimizations"), "optimizations"),
+        notes=_strings(fields.pop("notes", []), "notes"),
         **fields,
     )
 
 
+def _check(fields: Any) -> Check:
+    check = Check(**_numbers(_expect(fields, dict, "a check"), ("value", "limit")))
+    for name, kind in (("name", str), ("passed", bool), ("detail", str)):
+        _expect(getattr(check, name), kind, f"a check's {name}")
+    return check
+
+
+def _perf(fields: dict[str, Any]) -> Perf:
+    perf = Perf(**_numbers(fields, tuple(fields)))
+    for item in dataclasses.fields(Perf):
+        if item.default is dataclasses.MISSING and getattr(perf, item.name) is None:
+            raise ValueError(f"{item.name} of perf is null, not a number")
+    return perf
+
+
+def _strings(value: Any, what: str) -> tuple[str, ...]:
+    return tuple(_expect(item, str, f"one of {what}") for item in _expect(value, list, what))
+
+
+def _expect(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} is {value!r:.60}, not {JSON_NAMES[kind]}")
+    return value
+
+
 def _numbers(fields: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {key: float(value) if key in names and value is not None else value for key, value in fields.items()}
+    """The strings that `to_json` wrote for non-finite numbers become numbers again; integers stay integers."""
+    fields = {key: float(value) if key in names and isinstance(value, str) else value for key, value in fields.items()}
+    for key in names:
+        if fields.get(key) is not None and type(fields[key]) not in (int, float):
+            raise ValueError(f"{key} is {fields[key]!r:.60}, not a number")
+        float(fields.get(key) or 0)  # an integer beyond what a float holds raises OverflowError here
+    return fields
 
 
 def append(path: Path, record: Record) -> None:
@@ -142,11 +182,12 @@ def append(path: Path, record: Record) -> None:
 def read(path: Path) -> list[Record]:
     """Every record of a file, in order. Raises UserError naming file and line for one that is not a valid record."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines would also split inside strings
         if not line.strip():
             continue
         try:
-            records.append(from_json(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a valid record: {error}") from error
+            records.append(from_json(line.decode("utf-8")))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            why = f"no key {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path}:{number}: not a valid record: {why}") from error
     return records

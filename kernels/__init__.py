@@ -1,1 +1,4 @@
-"""Every optimization, one folder each. Kept to this docstring: transformers imports `kernels` to probe for a hub package of that name."""
+"""Every optimization, one folder each.
+
+Nothing but this docstring: transformers imports `kernels` to probe for a hub package of that name, and finds ours.
+"""

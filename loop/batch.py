@@ -39,10 +39,16 @@ class PackedBatch:
         """Document lengths on the host, in order; reading them from `cu_seqlens` on a GPU would synchronise."""
         return tuple(torch.diff(self.cu_seqlens).tolist())
 
+    @cached_property
+    def supervised_positions(self) -> torch.Tensor:
+        """Indices of the supervised positions in the flattened [B * L], int64 [supervised_tokens], ascending."""
+        return (self.labels.flatten() != IGNORE).nonzero().flatten()
+
     def to(self, device: torch.device | str) -> PackedBatch:
-        lengths = self.lengths  # before the move: no device synchronisation
+        """The batch on `device`. What depends on values is worked out before the move: no device synchronisation."""
         moved = replace(
             self, **{name: getattr(self, name).to(device) for name in ("input_ids", "labels", "position_ids", "cu_seqlens")}
         )
-        moved.__dict__["lengths"] = lengths
+        moved.__dict__["lengths"] = self.lengths
+        moved.__dict__["supervised_positions"] = self.supervised_positions.to(device)
         return moved

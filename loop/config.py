@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 # The ten projections that carry adapters by default; a model that lacks some of them uses the rest.
 DEFAULT_TARGETS = (
@@ -28,7 +30,8 @@ class LoraConfig:
 class DataConfig:
     """Where examples come from and how they are packed. pack_length is in tokens."""
 
-    path: Path | None = None  # JSONL; None: chat examples made from the Python documentation
+    # JSONL; None: chat examples made from the Python documentation
+    path: Annotated[Path | None, tyro.conf.arg(aliases=["--data"])] = None
     pack_length: int = 512
     packs_per_micro_step: int = 1
     on_bad_example: Literal["stop", "skip"] = "stop"

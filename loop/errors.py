@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user gave is wrong: a path, a flag, a key, a line of data. The message says what and what would be right."""
+    """A path, flag, key or line of data that the user gave is wrong; the message says what, and what would be right."""

@@ -12,7 +12,7 @@ from torch import nn
 from loop.batch import PackedBatch
 from loop.config import Config
 
-LossHead = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+LossHead = Callable[[nn.Module, torch.Tensor, PackedBatch], torch.Tensor]
 MicroStep = Callable[["Run", PackedBatch, int], torch.Tensor]
 
 
@@ -20,8 +20,8 @@ MicroStep = Callable[["Run", PackedBatch, int], torch.Tensor]
 class Run:
     """A model ready to train.
 
-    The seams: `model`, a transformers causal language model; `loss_head(model, hidden [B, L, D], labels [B, L])`, the sum
-    (fp32 scalar) of the cross-entropy over supervised positions; `micro_step(run, batch, step_supervised_tokens)`,
+    The seams: `model`, a transformers causal language model; `loss_head(model, hidden [B, L, D], batch)`, the sum (fp32
+    scalar) of the cross-entropy over supervised positions; `micro_step(run, batch, step_supervised_tokens)`,
     forward and backward of one batch, which returns the detached loss sum; `optimizer`.
     """
 

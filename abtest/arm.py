@@ -1,0 +1,88 @@
+"""Drives one arm: a fresh process with a fresh build, which nothing has to undo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from loop.config import Config
+from loop.errors import UserError
+from loop.recipe import to_plain
+
+ROOT = Path(__file__).resolve().parent.parent
+OnStep = Callable[[int, int], None]
+
+
+class ArmFailed(Exception):
+    """The arm's process ended, or could not go on; the message holds the last lines it printed."""
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """What an arm is: its name, what it switches on, its configuration. `exact` makes it the oracle."""
+
+    name: str
+    config: Config
+    optimizations: tuple[str, ...] = ()
+    exact: bool = False
+
+
+class Arm:
+    """A worker process. Use as a context manager; `call` sends a command and returns its answer."""
+
+    def __init__(self, spec: ArmSpec, log_folder: Path, environment: dict[str, str]) -> None:
+        self.spec = spec
+        self.log = log_folder / f"{spec.name}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "abtest.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                cwd=ROOT, env=environment, text=True, encoding="utf-8",
+            )  # fmt: skip
+
+    def __enter__(self) -> Arm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=5 if kind is None else 0.1)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+    def build(self) -> dict[str, Any]:
+        """The arm's run, built; `built` keeps the answer."""
+        config = to_plain(self.spec.config)
+        optimizations = list(self.spec.optimizations)
+        self.built = self.call("build", config=config, optimizations=optimizations, exact=self.spec.exact)
+        return self.built
+
+    def call(self, command: str, on_step: OnStep | None = None, **arguments: Any) -> dict[str, Any]:
+        """Sends `command` and waits for the answer. Raises ArmFailed, or UserError for a mistake of the user's."""
+        try:
+            print(json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True)
+        except BrokenPipeError as error:
+            raise ArmFailed(self._last_words()) from error
+        for line in self.process.stdout:
+            message = json.loads(line)
+            if "answer" in message:
+                return message["answer"]
+            if "user_error" in message:
+                raise UserError(message["user_error"])
+            if "failed" in message:
+                raise ArmFailed(message["failed"])
+            if on_step is not None:
+                on_step(message["step"], message["steps"])
+        raise ArmFailed(self._last_words())
+
+    def _last_words(self) -> str:
+        code = self.process.wait()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"the process of arm {self.spec.name} ended with code {code}: {lines[-1] if lines else 'no output'}"

@@ -1,0 +1,144 @@
+"""Gates any number of arms against one reference, whose repeat, oracle and noise floor are made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from safetensors.torch import load_file
+
+from abtest import gate
+from abtest.arm import Arm, ArmSpec
+from abtest.gate import Evidence
+from abtest.gradients import Comparison, Distances, compare
+from abtest.verdict import Level, Verdict
+from kernels.contract import Exactness
+from loop.config import Config
+
+OnProgress = Callable[[str, str, int, int], None]  # arm, phase, done, total
+STATES = ("at the start", "after training")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How much evidence the gate gathers. None of these is a tolerance."""
+
+    steps: int = 30  # of the free run
+    replicas: int = 8  # kicked references behind the noise floor
+    probes: int = 10  # batches on which gradients are compared, at each of two states
+
+
+@dataclass
+class Candidate:
+    """An arm that went through the gate. `arm` still runs, for timing; `evidence` is None when it did not get that far."""
+
+    arm: Arm
+    verdict: Verdict
+    evidence: Evidence | None
+
+
+class Experiment:
+    """Use as a context manager. `prepare()` first, then `gate_arm` for every arm.
+
+    folder: scratch space for gradients and weights. environment: of the arms' processes. on_progress(arm, phase, done,
+    total) is called after every step.
+    """
+
+    def __init__(
+        self, config: Config, settings: GateConfig, folder: Path, environment: dict[str, str], on_progress: OnProgress
+    ) -> None:
+        self.config, self.settings = config, settings
+        self.folder, self.environment, self.on_progress = folder, environment, on_progress
+        self.reference_arm = self._arm(ArmSpec("stock", config))
+        self.trained = str(folder / "trained.safetensors")
+
+    def __enter__(self) -> Experiment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.reference_arm.__exit__(kind, error, trace)
+
+    def _arm(self, spec: ArmSpec) -> Arm:
+        return Arm(spec, self.folder, self.environment)
+
+    def _step(self, arm: str, phase: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.on_progress(arm, phase, done, total)
+
+    def prepare(self) -> None:
+        """Runs the reference, its oracle, its repeat and its kicked replicas."""
+        oracle_folders = {state: self.folder / f"oracle-{index}" for index, state in enumerate(STATES)}
+        self.oracle_folders = oracle_folders
+        for folder in oracle_folders.values():
+            folder.mkdir()
+        build = self.reference_arm.build()
+        with self._arm(ArmSpec("oracle", self.config, exact=True)) as oracle:
+            oracle.build()
+            self._oracle(oracle, STATES[0], None)
+            gradients = {STATES[0]: self._gradients(self.reference_arm, STATES[0])}
+            run = self._free_run(self.reference_arm, save_state=self.trained)
+            self._oracle(oracle, STATES[1], self.trained)
+        gradients[STATES[1]] = self._gradients(self.reference_arm, STATES[1])
+        self.reference = Evidence(build, run, gradients)
+        self.replicas, self.sigma = [], gate.noise_floor(run["loss"], [])
+        with self._arm(ArmSpec("stock again", self.config)) as arm:
+            self.repeat = Evidence(arm.build(), self._free_run(arm))
+            for seed in range(self.settings.replicas):
+                self.replicas.append(self._free_run(arm, phase=f"noise floor {seed + 1}", kick_seed=seed)["loss"])
+        self.sigma = gate.noise_floor(run["loss"], self.replicas)
+
+    def _oracle(self, oracle: Arm, state: str, weights: str | None) -> None:
+        folder = str(self.oracle_folders[state])
+        oracle.call("oracle", self._step("oracle", state), count=self.settings.probes, folder=folder, state=weights)
+
+    def _gradients(self, arm: Arm, state: str) -> dict:
+        name = arm.spec.name
+        rows = str(self.folder / f"rows-{name}-{STATES.index(state)}.safetensors")
+        weights = self.trained if state == STATES[1] else None
+        answer = arm.call(
+            "gradients", self._step(name, f"gradients {state}"), count=self.settings.probes,
+            folder=str(self.oracle_folders[state]), rows=rows, state=weights,
+        )  # fmt: skip
+        return answer | {"rows": rows}
+
+    def _free_run(self, arm: Arm, phase: str = "training", **arguments) -> dict:
+        return arm.call("free_run", self._step(arm.spec.name, phase), steps=self.settings.steps, **arguments)
+
+    def repeat_verdict(self) -> Verdict:
+        """The reference against itself in a second process; anything but BITWISE makes every comparison worthless."""
+        bare = Evidence(self.reference.build, self.reference.free_run)
+        return gate.judge(Exactness.BITWISE, bare, None, self.repeat, (), self.sigma, {})
+
+    def gate_arm(self, spec: ArmSpec, claim: Exactness) -> Candidate:
+        """Builds and runs an arm in a fresh process and judges it. The caller ends the arm. Raises ArmFailed."""
+        arm = self._arm(spec)
+        try:
+            build = arm.build()
+            if build["refused"]:
+                reason = "; ".join(
+                    f"{name}: {why}" if len(spec.optimizations) > 1 else why for name, why in build["refused"].items()
+                )
+                return Candidate(arm, Verdict(Level.NOT_RUN, reason), None)
+            gradients = {STATES[0]: self._gradients(arm, STATES[0])}
+            run = self._free_run(arm)
+            gradients[STATES[1]] = self._gradients(arm, STATES[1])
+        except BaseException as error:
+            arm.__exit__(type(error), error, None)
+            raise
+        evidence = Evidence(build, run, gradients)
+        return Candidate(arm, self._judge(claim, evidence, spec.optimizations), evidence)
+
+    def _judge(self, claim: Exactness, evidence: Evidence, wanted: Sequence[str]) -> Verdict:
+        elements = self.reference.build["elements"]
+        compared: dict[str, Comparison] = {}
+        for state in STATES:
+            if not evidence.gradients[state]["problems"]:
+                sides = (_distances(self.reference.gradients[state]), _distances(evidence.gradients[state]))
+                compared[state] = compare(*sides, elements)
+        return gate.judge(claim, self.reference, self.repeat, evidence, wanted, self.sigma, compared)
+
+
+def _distances(answer: dict) -> Distances:
+    rows = load_file(answer["rows"])
+    return Distances(answer["error"], answer["norm"], answer["dot"], rows, answer["elements"], answer["problems"])

@@ -1,0 +1,78 @@
+"""Fingerprints of tensors, batches and runs: equal for equal bits, cheap enough to take at every step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from loop.batch import PackedBatch
+from loop.run import Run
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 24  # elements turned into int64 at a time
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor | None]) -> str:
+    """A hex digest of names, dtypes, shapes and bits; None counts as a value of its own.
+
+    Each tensor gives two sums of its bits as integers, modulo 2**64, one of them weighted by position, taken on its
+    device: a changed bit, a swap and a shift all show. One device synchronisation for all tensors.
+    """
+    sums, digest = [], hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        digest.update(f"{name}:{None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode())
+        if tensor is not None:
+            sums.append(_sums(tensor).cpu() if tensor.device.type == "cpu" else _sums(tensor))
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for value in sums:
+        by_device.setdefault(value.device, []).append(value)
+    for values in by_device.values():
+        digest.update(torch.stack(values).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sums(tensor: torch.Tensor) -> torch.Tensor:
+    bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
+    plain = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    weighted = torch.zeros_like(plain)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK].long()
+        weights = torch.arange(start, start + part.numel(), device=tensor.device) * 2_654_435_761 + 1
+        plain += part.sum()
+        weighted += (part * weights).sum()
+    return torch.stack([plain, weighted])
+
+
+def batch_fingerprint(batches: Iterable[PackedBatch]) -> str:
+    """What the model is fed: token ids, labels, positions, boundaries and the supervised count."""
+    tensors = {}
+    for index, batch in enumerate(batches):
+        for name in ("input_ids", "labels", "position_ids", "cu_seqlens"):
+            tensors[f"{index}.{name}"] = getattr(batch, name)
+        tensors[f"{index}.supervised"] = torch.tensor(batch.supervised_tokens)
+    return fingerprint(tensors)
+
+
+def rng_fingerprint(device: torch.device) -> str:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return fingerprint(states)
+
+
+def seams(run: Run) -> str:
+    """What an optimization may change, without values: module classes, recomputation, the other three seams."""
+    lines = [f"{type(run.optimizer).__qualname__} {_function(run.loss_head)} {_function(run.micro_step)}"]
+    for name, module in run.model.named_modules():
+        lines.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {_recomputes(module)}")
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def _recomputes(module: torch.nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _function(function: object) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"

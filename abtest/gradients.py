@@ -1,0 +1,151 @@
+"""Per-parameter distance of an arm's gradients from the oracle's, and what two arms' distances say of each other."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+SMALL = 64  # tensors with fewer elements are pooled across layers
+
+
+@dataclass
+class Distances:
+    """Sums per probe batch, keyed by parameter: |g - g*|^2, |g*|^2, <g, g*>; and per row |g - g*|^2 over all batches."""
+
+    error: dict[str, list[float]] = field(default_factory=dict)
+    norm: dict[str, list[float]] = field(default_factory=dict)
+    dot: dict[str, list[float]] = field(default_factory=dict)
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    elements: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor]) -> None:
+        """Adds one batch. A missing, extra, misshapen, non-finite or aliased gradient is a problem, never skipped."""
+        self.problems += _mismatch(gradients, truth)
+        count = len(next(iter(self.error.values()), ()))
+        for name, exact in truth.items():
+            gradient = gradients.get(name)
+            if gradient is None or gradient.shape != exact.shape:
+                continue
+            exact = exact.to(gradient.device).double()
+            difference = gradient.double() - exact
+            if not bool(torch.isfinite(difference).all()):
+                self.problems.append(f"{name}: gradient is not finite in probe batch {count}")
+            self.elements += exact.numel()
+            squares = difference.square()
+            rows = squares.flatten(1).sum(1) if squares.ndim >= 2 else squares.sum().reshape(1)
+            self.rows[name] = self.rows.get(name, 0) + rows.cpu()
+            values = torch.stack([squares.sum(), exact.square().sum(), (gradient.double() * exact).sum()]).tolist()
+            for store, value in zip((self.error, self.norm, self.dot), values, strict=True):
+                store.setdefault(name, []).append(value)
+
+
+def _mismatch(gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor]) -> list[str]:
+    problems = [f"{name}: in the candidate only" for name in gradients if name not in truth]
+    seen: dict[int, str] = {}
+    for name, exact in truth.items():
+        gradient = gradients.get(name)
+        if gradient is None:
+            problems.append(f"{name}: no gradient")
+        elif gradient.shape != exact.shape:
+            problems.append(f"{name}: gradient of shape {list(gradient.shape)}, expected {list(exact.shape)}")
+        elif gradient.numel() and gradient.data_ptr() in seen:
+            problems.append(f"{name}: shares memory with the gradient of {seen[gradient.data_ptr()]}")
+        else:
+            seen[gradient.data_ptr()] = name
+    return problems
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate's gradient errors beside the reference's, over the probe batches of one state.
+
+    rho: error ratio of the worst parameter; geomean over parameters; row: error ratio of the worst row;
+    alpha: largest significant difference of the projection on the oracle; reference_error: median relative error.
+    """
+
+    rho: float
+    rho_name: str
+    geomean: float
+    row: float
+    row_name: str
+    alpha: float
+    alpha_name: str
+    reference_error: float
+
+
+def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]) -> Comparison:
+    """Both arms against the same oracle batches. `sizes` gives each parameter's number of elements."""
+    groups: dict[str, list[str]] = {}
+    for name in reference.error:
+        key = re.sub(r"\.\d+\.", ".*.", name) if sizes[name] < SMALL else name
+        groups.setdefault(key, []).append(name)
+    ratios, errors = {}, []
+    for key, names in groups.items():
+        if not any(sum(reference.norm[n]) for n in names) and not any(sum(candidate.error[n]) for n in names):
+            continue  # a gradient that is exactly zero on both sides, such as A's while B is zero
+        e_reference, e_candidate = _error(reference, names), _error(candidate, names)
+        errors.append(e_reference)
+        ratios[key] = _ratio(e_candidate, e_reference)
+    alphas = {key: _alpha(reference, candidate, names) for key, names in groups.items() if key in ratios}
+    rows = {name: _worst_row(reference.rows[name], candidate.rows[name]) for name in reference.rows}
+    rho_name, alpha_name, row_name = _worst(ratios), _worst(alphas), _worst(rows)
+    return Comparison(
+        rho=ratios.get(rho_name, 1.0),
+        rho_name=rho_name,
+        geomean=math.exp(sum(math.log(max(r, 1e-30)) for r in ratios.values()) / max(len(ratios), 1)),
+        row=rows.get(row_name, 1.0),
+        row_name=row_name,
+        alpha=alphas.get(alpha_name, 0.0),
+        alpha_name=alpha_name,
+        reference_error=sorted(errors)[len(errors) // 2] if errors else 0.0,
+    )
+
+
+def _worst(values: Mapping[str, float]) -> str:
+    return max(values, key=lambda key: math.inf if math.isnan(values[key]) else values[key], default="")
+
+
+def _error(side: Distances, names: list[str]) -> float:
+    """e_p: relative error, pooled over probe batches; batches in which the oracle's gradient is zero are left out."""
+    batches = len(side.error[names[0]])
+    total = 0.0
+    for batch in range(batches):
+        norm = sum(side.norm[name][batch] for name in names)
+        if norm > 0:
+            total += sum(side.error[name][batch] for name in names) / norm
+    return math.sqrt(total)
+
+
+def _ratio(candidate: float, reference: float) -> float:
+    if candidate == reference:
+        return 1.0
+    return candidate / reference if reference > 0 else math.inf
+
+
+def _alpha(reference: Distances, candidate: Distances, names: list[str]) -> float:
+    """|mean difference of <g, g*> / |g*|^2| between the arms where it is significant (paired t > 5), else 0."""
+    differences = []
+    for batch in range(len(reference.error[names[0]])):
+        norm = sum(reference.norm[name][batch] for name in names)
+        if norm > 0:
+            differences.append(sum(candidate.dot[n][batch] - reference.dot[n][batch] for n in names) / norm)
+    if len(differences) < 3:
+        return 0.0
+    values = torch.tensor(differences, dtype=torch.float64)
+    mean, spread = float(values.mean()), float(values.std()) / math.sqrt(len(differences))
+    if math.isnan(mean):
+        return math.nan
+    return abs(mean) if abs(mean) > 5 * spread else 0.0
+
+
+def _worst_row(reference: torch.Tensor, candidate: torch.Tensor) -> float:
+    """The largest row error ratio; a row's error counts as at least a tenth of the mean row's (RMS), so that rows the
+    reference happens to hit exactly do not divide by nothing."""
+    floor = reference.mean() * 0.01
+    ratio = ((candidate + floor) / (reference + floor)).nan_to_num(nan=1.0 if not candidate.isnan().any() else math.inf)
+    return math.sqrt(float(ratio.max()))

@@ -1,0 +1,270 @@
+"""The op-level oracle: is a candidate op as close to the truth as PyTorch is, in its output and in every gradient?
+
+Truth is the reference function on the same inputs raised to fp64. Nothing is timed that is not green here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abtest.opcall import call, gradients_of, input_names, leaves, named_outputs, random_gradients
+from abtest.quantity import MAX_RATIO, MEAN_RATIO, Quantity, compare, same_bits
+from abtest.verdict import Check, Level, Verdict
+from kernels.contract import Exactness, Op, Workload
+
+SEEDS = (0, 1, 2)
+
+Values = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """The verdict on one workload with one seed, and the numbers of every output and gradient behind it."""
+
+    workload: Workload
+    device: str
+    seed: int
+    verdict: Verdict
+    quantities: tuple[Quantity, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict.level.lossless
+
+
+def workloads_for(op: Op, device: torch.device) -> list[Workload]:
+    """All workloads on a GPU; elsewhere the small ones, in fp32, since Triton's interpreter truncates bf16."""
+    if device.type == "cuda":
+        return list(op.workloads)
+    return [replace(workload, dtype="float32") for workload in op.workloads if workload.small]
+
+
+def check_op(
+    op: Op, workload: Workload, device: torch.device, seed: int = 0, exactness: Exactness = Exactness.ROUNDING
+) -> OpReport:
+    """Judges `op.candidate` against `op.reference` on one workload.
+
+    FAILED: a ratio above its limit, NaN or Inf, a missing gradient, a wrong shape or dtype, a modified input, a result
+    that is not fully written, a second call or second backward with other bits, other bits under a BITWISE claim, or a
+    RuntimeError. INVALID: the reference or the inputs can't be trusted. APPROX claims keep their level while all but the
+    ratios hold. The caller's random state is left as it was.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        verdict, quantities = _Comparison(op, workload, device, seed, exactness).judge()
+    return OpReport(workload, str(device), seed, verdict, quantities)
+
+
+class _Comparison:
+    """One candidate, one workload, one seed: what every step of the judgement shares."""
+
+    def __init__(self, op: Op, workload: Workload, device: torch.device, seed: int, exactness: Exactness):
+        self.op, self.seed, self.exactness = op, seed, exactness
+        self.build = lambda: op.inputs(workload, device, seed)
+
+    def judge(self) -> tuple[Verdict, tuple[Quantity, ...]]:
+        inputs = self.build()
+        self.names = input_names(self.op.reference, inputs)
+        before = _snapshot(self.names, inputs)
+        if _differing(before, _snapshot(self.names, self.build())):
+            return _invalid("inputs(workload, device, seed) gives other values on a second call"), ()
+        outputs = self.call(self.op.reference, inputs)
+        incoming = random_gradients(outputs, self.seed)
+        reference = self.values(outputs, inputs, incoming)
+        truth_inputs = tuple(_raise_to_fp64(item) for item in self.build())
+        raised = {name: gradient.double() for name, gradient in incoming.items()}
+        truth = self.values(self.call(self.op.reference, truth_inputs), truth_inputs, raised)
+        del outputs, truth_inputs
+        bad = [name for side in (reference, truth) for name, value in side.items() if not _is_finite(value)]
+        if bad:
+            return _invalid(f"the reference itself is not finite in {bad[0]}"), ()
+        gradients = [value for name, value in reference.items() if name.startswith("d ")]
+        if gradients and all(value is None for value in gradients):
+            return _invalid("the reference gives no gradient although an input requires one"), ()
+        try:
+            return self.judge_candidate(before, incoming, reference, truth)
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the candidate
+        except RuntimeError as error:
+            line = str(error).strip().splitlines() or [""]
+            return _failed("runs", f"the candidate raised {type(error).__name__}: {line[0]}"), ()
+
+    def judge_candidate(
+        self, before: Values, incoming: dict[str, Tensor], reference: Values, truth: Values
+    ) -> tuple[Verdict, tuple[Quantity, ...]]:
+        inputs, sent = self.build(), {name: gradient.clone() for name, gradient in incoming.items()}
+        outputs = self.call(self.op.candidate, inputs)
+        complaint = _shape_complaint(named_outputs(outputs), reference)
+        if complaint:
+            return _failed("structure", complaint), ()
+        first = self.values(outputs, inputs, incoming, retain_graph=True)
+        complaint = _missing_gradient(first, reference)
+        if complaint:
+            return _failed("gradients", complaint), ()
+        not_finite = [name for name, value in first.items() if not _is_finite(value)]
+        if not_finite:
+            return _failed("finite", f"the candidate is not finite in {not_finite[0]}"), ()
+        again = self.values(outputs, inputs, incoming)
+        second = self.values(self.call(self.op.candidate, inputs), inputs, incoming)
+        after = _snapshot(self.names, inputs) | {f"incoming {name}": gradient for name, gradient in incoming.items()}
+        wanted = before | {f"incoming {name}": gradient for name, gradient in sent.items()}
+        fresh = self.build()
+        with poisoned_allocations():
+            poisoned = self.values(self.call(self.op.candidate, fresh), fresh, sent)
+        quantities = _compare_all(truth, reference, first)
+        checks = [
+            *_ratio_checks(quantities),
+            _same("second backward", first, again),
+            _same("second call", first, second),
+            _same("inputs unmodified", wanted, after),
+            _written(truth, reference, first, poisoned),
+        ]
+        return self.conclude(quantities, checks), quantities
+
+    def call(self, function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        torch.manual_seed(self.seed)
+        return call(function, inputs)
+
+    def values(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Any], incoming: dict[str, Tensor], retain_graph: bool = False
+    ) -> Values:
+        """Outputs as "output 0" and gradients as "d name"; a gradient that autograd does not deliver is None."""
+        gradients = gradients_of(outputs, dict(leaves(self.names, inputs)), incoming, retain_graph)
+        found: Values = {name: output.detach().clone() for name, output in named_outputs(outputs).items()}
+        return found | {f"d {name}": gradient for name, gradient in gradients.items()}
+
+    def conclude(self, quantities: Sequence[Quantity], checks: list[Check]) -> Verdict:
+        same_bits = all(quantity.same_bits for quantity in quantities)
+        if self.exactness is Exactness.BITWISE:
+            differing = [quantity.name for quantity in quantities if not quantity.same_bits]
+            checks = [*checks, Check("bitwise", float(len(differing)), 0.0, same_bits, ", ".join(differing))]
+        failed = [check for check in checks if not check.passed]
+        if self.exactness is Exactness.APPROX and all(check.name in ("max ratio", "mean ratio") for check in failed):
+            return Verdict(Level.APPROX, _sentence(checks[0], checks[1]), tuple(checks))
+        if failed:
+            return Verdict(Level.FAILED, _sentence(*failed), tuple(checks))
+        return Verdict(Level.BITWISE if same_bits else Level.ROUNDING, _sentence(checks[0], checks[1]), tuple(checks))
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Fills what torch.empty and its relatives return with NaN (integers: the largest), so that a value nobody wrote shows.
+
+    PyTorch ties the filling to its deterministic mode, which also picks other algorithms for some operators: results in
+    here may differ in their last bits from those outside.
+    """
+    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # an operator without a deterministic version still runs
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = True
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _snapshot(names: Sequence[str], inputs: Sequence[Any]) -> Values:
+    """Copies of everything the op could write to: tensors, parameters and buffers."""
+    copies: Values = {}
+    for name, item in zip(names, inputs, strict=True):
+        if isinstance(item, nn.Module):
+            held = (*item.named_parameters(), *item.named_buffers())
+            copies |= {f"{name}.{key}": value.detach().clone() for key, value in held}
+        elif isinstance(item, Tensor):
+            copies[name] = item.detach().clone()
+    return copies
+
+
+def _raise_to_fp64(item: Any) -> Any:
+    if isinstance(item, nn.Module):
+        return item.double()  # a fresh build of its own: nobody else sees the change
+    if isinstance(item, Tensor) and item.is_floating_point():
+        return item.detach().double().requires_grad_(item.requires_grad)
+    return item
+
+
+def _is_finite(value: Tensor | None) -> bool:
+    return value is None or not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _shape_complaint(outputs: dict[str, Tensor], reference: Values) -> str | None:
+    wanted = {name: value for name, value in reference.items() if name.startswith("output ")}
+    if len(outputs) != len(wanted):
+        return f"the candidate returns {len(outputs)} outputs, the reference {len(wanted)}"
+    for name, value in wanted.items():
+        got = outputs[name]
+        if (got.shape, got.dtype) != (value.shape, value.dtype):
+            return f"{name} is {list(got.shape)} {got.dtype}; the reference gives {list(value.shape)} {value.dtype}"
+    return None
+
+
+def _missing_gradient(candidate: Values, reference: Values) -> str | None:
+    for name, value in reference.items():
+        if value is not None and candidate[name] is None:
+            return f"the candidate delivers no gradient {name!r}"
+        if value is None and candidate[name] is not None and bool(candidate[name].any()):
+            return f"the candidate delivers a gradient {name!r} where the reference has none"
+    return None
+
+
+def _compare_all(truth: Values, reference: Values, candidate: Values) -> tuple[Quantity, ...]:
+    present = [name for name, value in reference.items() if value is not None]
+    return tuple(compare(name, truth[name], reference[name], candidate[name]) for name in present)
+
+
+def _ratio_checks(quantities: Sequence[Quantity]) -> list[Check]:
+    if not quantities:
+        return [
+            Check("max ratio", None, MAX_RATIO, False, "nothing was compared"),
+            Check("mean ratio", None, MEAN_RATIO, False),
+        ]
+    highest, widest = max(quantities, key=lambda q: q.max_ratio), max(quantities, key=lambda q: q.mean_ratio)
+    return [
+        Check("max ratio", highest.max_ratio, MAX_RATIO, highest.max_ratio <= MAX_RATIO, highest.name),
+        Check("mean ratio", widest.mean_ratio, MEAN_RATIO, widest.mean_ratio <= MEAN_RATIO, widest.name),
+    ]
+
+
+def _differing(wanted: Values, got: Values) -> list[str]:
+    def equal(one: Tensor | None, other: Tensor | None) -> bool:
+        return one is other if one is None or other is None else same_bits(one, other)
+
+    return [name for name in wanted if not equal(wanted[name], got.get(name))]
+
+
+def _same(name: str, wanted: Values, got: Values) -> Check:
+    differing = _differing(wanted, got)
+    return Check(name, float(len(differing)), 0.0, not differing, ", ".join(differing))
+
+
+def _written(truth: Values, reference: Values, first: Values, poisoned: Values) -> Check:
+    """From poisoned allocations the same bits must come, or values inside the same limits; NaN is an infinite ratio."""
+    quantities = {quantity.name: quantity for quantity in _compare_all(truth, reference, poisoned)}
+    unwritten = [name for name in _differing(first, poisoned) if not (name in quantities and quantities[name].within_limits)]
+    return Check("fully written", float(len(unwritten)), 0.0, not unwritten, ", ".join(unwritten))
+
+
+def _sentence(*checks: Check) -> str:
+    parts = []
+    for check in checks:
+        value = "nothing" if check.value is None else f"{check.value:.4g}"
+        parts.append(f"{check.name} {value} (limit {check.limit:g})" + (f" in {check.detail}" if check.detail else ""))
+    return "; ".join(parts)
+
+
+def _invalid(reason: str) -> Verdict:
+    return Verdict(Level.INVALID, reason, (Check("comparable", None, None, False, reason),))
+
+
+def _failed(name: str, reason: str) -> Verdict:
+    return Verdict(Level.FAILED, reason, (Check(name, None, None, False, reason),))

@@ -1,0 +1,27 @@
+"""References kicked by half an ulp: how far apart two equally good runs are."""
+
+from __future__ import annotations
+
+import torch
+
+from loop.run import Run
+
+
+@torch.no_grad()
+def kick(run: Run, seed: int) -> None:
+    """Moves every weight of the model, frozen ones too, by half an ulp of its dtype on average.
+
+    A weight goes to its upper or lower neighbour with probability a quarter each and stays otherwise. Frozen weights are
+    kicked as well because LoRA's B starts at zero: kicking A alone would move nothing at the first step.
+    """
+    generator = torch.Generator(device=run.device).manual_seed(seed)
+    for parameter in run.model.parameters():
+        draw = torch.rand(parameter.shape, generator=generator, device=run.device)
+        towards = torch.where(draw < 0.5, torch.inf, -torch.inf).to(parameter.dtype)
+        moved = torch.nextafter(parameter, towards)
+        chosen = ((draw < 0.25) | (draw > 0.75)) & (parameter != 0)
+        parameter.copy_(torch.where(chosen, moved, parameter))
+    for name, master in run.optimizer.masters.items():
+        parameter = run.optimizer.parameters[name]
+        if master is not parameter:
+            master.copy_(parameter)

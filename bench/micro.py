@@ -1,0 +1,258 @@
+"""`python -m bench.micro --optimization NAME`: forward plus backward of one op against PyTorch, checked first, then timed.
+
+What does not match its reference is not timed, and what runs in Triton's interpreter is checked but not timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from loop.cli import guarded, parse
+from loop.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from abtest.opcheck import OpReport
+    from bench.ceilings import Ceilings
+    from kernels.contract import Optimization, Workload
+
+INTERPRETED = "Triton's interpreter is not timed: it shows that a kernel is right, not how fast it is"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Flags of `python -m bench.micro`."""
+
+    optimization: str = ""  # the name of a folder in kernels/ or negative_results/
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    samples: int = 50  # timed pairs a workload
+    json: bool = False  # print the JSON line only
+
+
+def run_micro(
+    optimization: Optimization,
+    device: torch.device,
+    *,
+    samples: int = 50,
+    ceilings: Ceilings | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Checks every workload of `optimization` that fits `device`, and times them if all match and the device may be timed.
+
+    Returns a mapping that JSON can hold: `level` and `reason` (the worst check), `untimed` (why there is no time, else
+    None), `ceilings` (measured here unless given), and `workloads`, by name, with errors, times in microseconds of forward
+    plus backward, `ratio` (reference over candidate) and its 95 % interval, traffic, arithmetic, and the fraction of the
+    time floor that the ceilings set. The caller sets TRITON_INTERPRET.
+    """
+    from abtest.opcheck import SEEDS, check_op, workloads_for
+    from abtest.verdict import Level
+    from kernels.registry import unmet
+    from loop.device import device_name
+
+    say = on_progress or (lambda text: None)
+    result: dict[str, Any] = {
+        "optimization": optimization.name,
+        "device": device_name(device),
+        "exactness": optimization.exactness.value,
+        "level": Level.NOT_RUN.value,
+        "untimed": None,
+        "ceilings": None,
+        "workloads": {},
+    }
+    workloads = workloads_for(optimization.op, device) if optimization.op else []
+    reason = unmet(optimization.needs, device) or _nothing_to_run(optimization, workloads, device)
+    if reason:
+        return result | {"reason": reason, "untimed": reason}
+    rows: dict[str, dict[str, Any]] = {}
+    worst = None
+    for workload in workloads:
+        say(f"{optimization.name}: checking {workload.name}")
+        reports = [check_op(optimization.op, workload, device, seed, optimization.exactness) for seed in SEEDS]
+        report = max(reports, key=_badness)
+        worst = report if worst is None else max(worst, report, key=_badness)
+        rows[workload.name] = _checked(workload, report)
+    verdict = worst.verdict
+    where = f"{worst.workload.name}, seed {worst.seed}: {verdict.reason}"
+    result |= {"level": verdict.level.value, "reason": where, "workloads": rows}
+    untimed = _why_untimed(optimization, device, worst)
+    if untimed:
+        return result | {"untimed": untimed}
+    if ceilings is None:
+        from bench.ceilings import measure_ceilings
+
+        say("measuring what the device can do: copy bandwidth and matrix rate")
+        ceilings = measure_ceilings(device)
+    for workload in workloads:
+        say(f"{optimization.name}: timing {workload.name}")
+        rows[workload.name] |= _timed(optimization, workload, device, samples, ceilings)
+    return result | {"ceilings": dataclasses.asdict(ceilings)}
+
+
+def _nothing_to_run(optimization: Optimization, workloads: list[Workload], device: torch.device) -> str | None:
+    if optimization.op is None:
+        return "changes the whole loop and has no op of its own: only an A/B run can time it"
+    return None if workloads else f"none of its workloads is small enough for {device.type}"
+
+
+def _badness(report: OpReport) -> tuple[int, float]:
+    """Orders reports from best to worst: by level, then by how much of the two limits is used."""
+    from abtest.verdict import Level
+
+    order = (Level.BITWISE, Level.ROUNDING, Level.APPROX, Level.NOT_RUN, Level.FAILED, Level.INVALID)
+    used = [check.value / check.limit for check in report.verdict.checks if check.value is not None and check.limit]
+    return order.index(report.verdict.level), max(used, default=0.0)
+
+
+def _why_untimed(optimization: Optimization, device: torch.device, worst: OpReport) -> str | None:
+    if not worst.passed:
+        return f"not timed: {worst.verdict.level.value} on {worst.workload.name!r}: {worst.verdict.reason}"
+    if optimization.needs.triton and device.type != "cuda":
+        return INTERPRETED
+    return None
+
+
+def _checked(workload: Workload, report: OpReport) -> dict[str, Any]:
+    shape = " ".join(f"{name}={size}" for name, size in workload.shape.items())
+    values = {check.name: check.value for check in report.verdict.checks}
+    return {
+        "shape": shape,
+        "dtype": workload.dtype,
+        "level": report.verdict.level.value,
+        "max_error_ratio": _json_number(values.get("max ratio")),
+        "mean_error_ratio": _json_number(values.get("mean ratio")),
+    }
+
+
+def _json_number(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _timed(
+    optimization: Optimization, workload: Workload, device: torch.device, samples: int, ceilings: Ceilings
+) -> dict[str, Any]:
+    from bench.timing import time_pair
+
+    op = optimization.op
+    inputs = op.inputs(workload, device, 0)
+    reference, candidate = (forward_backward(side, inputs) for side in (op.reference, op.candidate))
+    timing = time_pair(reference, candidate, device, samples)
+    moved, flops = op.bytes_moved(workload), op.flops(workload)
+    seconds = timing.candidate_us / 1e6
+    return {
+        "reference_us": timing.reference_us,
+        "candidate_us": timing.candidate_us,
+        "ratio": timing.ratio,
+        "ratio_low": timing.ratio_low,
+        "ratio_high": timing.ratio_high,
+        "samples": samples,
+        "tb_per_s": moved / seconds / 1e12,
+        "tflop_per_s": flops / seconds / 1e12,
+        "of_ceiling": ceilings.floor_us(moved, flops) / timing.candidate_us,
+    }
+
+
+def forward_backward(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], None]:
+    """One side of an op as a call without arguments: its forward and, where an input needs a gradient, its backward."""
+    from abtest.opcall import call, gradients_of, input_names, leaves, random_gradients
+
+    wanted = dict(leaves(input_names(function, inputs), inputs))
+    incoming = random_gradients(call(function, inputs), seed=0)
+
+    def step() -> None:
+        gradients_of(call(function, inputs), wanted, incoming)
+
+    return step
+
+
+def table(result: Mapping[str, Any]) -> Any:
+    """The rich table of a `run_micro` result."""
+    from rich.table import Table
+
+    title = f"{result['optimization']} on {result['device']}: forward + backward, {result['level']}"
+    grid = Table(title=title, title_justify="left")
+    for heading in ("workload", "shape", "dtype", "check"):
+        grid.add_column(heading)
+    numeric = ("max, mean error", "reference µs", "candidate µs", "ratio [95 %]", "TB/s", "TFLOP/s", "of ceiling")
+    for heading in numeric:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for name, row in result["workloads"].items():
+        grid.add_row(name, row["shape"], row["dtype"], row["level"], *_cells(row))
+    return grid
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    errors = (row["max_error_ratio"], row["mean_error_ratio"])
+    cells = ["–" if None in errors else ", ".join(f"{float(error):.2f}×" for error in errors)]
+    if "ratio" not in row:
+        return [*cells, *["–"] * 6]
+    return [
+        *cells,
+        f"{row['reference_us']:,.1f}",
+        f"{row['candidate_us']:,.1f}",
+        f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]".replace("[", r"\["),
+        f"{row['tb_per_s']:.3g}",
+        f"{row['tflop_per_s']:.3g}",
+        f"{row['of_ceiling']:.0%}",
+    ]
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    if result["workloads"]:
+        console.print(table(result))
+        console.print(f"closest to a limit: {result['reason']}", markup=False, soft_wrap=True)
+    if result["ceilings"]:
+        top = result["ceilings"]
+        copy, matmul = top["copy_bytes_per_s"] / 1e12, top["matmul_flops_per_s"] / 1e12
+        measured = f"copy {copy:.3g} TB/s (read + written), {top['matmul_dtype']} {top['matmul_size']}³ {matmul:.3g} TFLOP/s"
+        console.print(f"ceilings measured here: {measured}", markup=False)
+    if result["untimed"]:
+        console.print(result["untimed"], markup=False, soft_wrap=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a table and, as the last line of stdout, the result as JSON. Returns 1 when the candidate does not match."""
+    command = parse(Command(), "python -m bench.micro", "Checks one op against PyTorch and times it.", argv)
+    import torch
+
+    from abtest.verdict import Level
+
+    if command.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device on this machine; use --device cpu or auto")
+    if command.samples < 2:
+        raise UserError(f"--samples {command.samples}: an interval needs at least 2")
+    device = torch.device("cuda" if torch.cuda.is_available() and command.device != "cpu" else "cpu")
+    if device.type == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    from kernels.registry import discover
+
+    known = discover()
+    if command.optimization not in known:
+        asked = f"no optimization is named {command.optimization!r}" if command.optimization else "name one"
+        raise UserError(f"--optimization: {asked}; there are: {', '.join(known)}")
+    result = run_micro(known[command.optimization], device, samples=command.samples, on_progress=_say)
+    if not command.json:
+        _show(result)
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    if result["level"] in (Level.FAILED.value, Level.INVALID.value):
+        print(f"error: {command.optimization} {result['untimed']}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    guarded(main)

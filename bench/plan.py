@@ -1,0 +1,100 @@
+"""Which arms a run has: every optimization alone, the peers, and at last the combination of what passed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from bench.peers import PEERS
+from bench.records import Role
+from kernels import registry
+from kernels.contract import Exactness, Optimization
+from loop.config import Config
+from loop.errors import UserError
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """One arm to gate and time. missing: why it cannot run here at all. untimed: why it is gated but not timed."""
+
+    name: str
+    role: Role
+    optimizations: tuple[str, ...]
+    config: Config
+    claim: Exactness
+    summary: str
+    why_exact: str
+    missing: str | None = None
+    untimed: str | None = None
+
+
+def plan_arms(names: Iterable[str], config: Config, device: torch.device) -> list[ArmPlan]:
+    """The arms called `names`; "all" stands for every optimization and peer. Raises UserError for an unknown name."""
+    known = registry.discover()
+    peers = {peer.name: peer for peer in PEERS}
+    chosen = list(dict.fromkeys(name for given in names for name in ([*known, *peers] if given == "all" else [given])))
+    unknown = [name for name in chosen if name not in known and name not in peers]
+    if unknown:
+        raise UserError(f"--arms {unknown[0]}: no such arm; there are all, {', '.join([*known, *peers])}")
+    return [
+        _optimization_arm(known[name], config, device) if name in known else _peer_arm(peers[name], config, device)
+        for name in chosen
+    ]
+
+
+def _optimization_arm(optimization: Optimization, config: Config, device: torch.device) -> ArmPlan:
+    return ArmPlan(
+        name=optimization.name,
+        role="optimization",
+        optimizations=(optimization.name,),
+        config=config,
+        claim=optimization.exactness,
+        summary=optimization.summary,
+        why_exact=optimization.why_exact,
+        missing=registry.unmet(optimization.needs, device),
+        untimed=untimed_reason([optimization], device),
+    )
+
+
+def _peer_arm(peer, config: Config, device: torch.device) -> ArmPlan:
+    missing = peer.missing(device)
+    return ArmPlan(
+        name=peer.name,
+        role="peer",
+        optimizations=peer.optimizations,
+        config=peer.change(config),
+        claim=Exactness.ROUNDING,
+        summary=peer.summary,
+        why_exact="the same model and data through other kernels",
+        missing=missing,
+    )
+
+
+def combination(names: list[str], config: Config) -> ArmPlan | None:
+    """The arm with every one of `names` on; None for fewer than two. Of two that conflict the first stays."""
+    kept: list[str] = []
+    known = registry.discover()
+    for name in names:
+        clash = any(name in known[other].conflicts or other in known[name].conflicts for other in kept)
+        if not clash:
+            kept.append(name)
+    if len(kept) < 2:
+        return None
+    return ArmPlan(
+        name="combination",
+        role="combination",
+        optimizations=tuple(kept),
+        config=config,
+        claim=registry.weakest_claim(kept),
+        summary=f"{', '.join(kept)} together",
+        why_exact="each part by its own argument; the whole by its own gate",
+    )
+
+
+def untimed_reason(optimizations: list[Optimization], device: torch.device) -> str | None:
+    """Why arms with these optimizations must not be timed on `device`, or None."""
+    if device.type != "cuda" and any(optimization.needs.triton for optimization in optimizations):
+        return "its Triton kernels run in Triton's interpreter here, whose speed says nothing"
+    return None

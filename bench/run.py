@@ -1,0 +1,220 @@
+"""`python -m bench.run`: gates every optimization against stock, times what passed, and writes the report.
+
+The last line on stdout is one JSON document with every arm's verdict and numbers; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from abtest.arm import ArmFailed, ArmSpec
+from abtest.experiment import Candidate, Experiment, GateConfig
+from abtest.verdict import Level, Verdict
+from bench.clock import TimingConfig, time_alone, time_arms
+from bench.plan import ArmPlan, combination, plan_arms
+from bench.progress import BenchProgress
+from bench.records import Record, append, read
+from kernels.contract import Exactness
+from loop.cli import guarded, parse
+from loop.config import Config
+from loop.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Command(Config):
+    """Flags of `python -m bench.run`."""
+
+    arms: tuple[str, ...] = ("all",)  # optimizations and peers by name, or "all"
+    combine: bool = True  # one more arm with everything on that passed and may be timed
+    gate: GateConfig = field(default_factory=GateConfig)
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    reports: Path = ROOT / "reports"
+
+
+class Bench:
+    """One run: the experiment, what is the same in all its records, and the records so far."""
+
+    def __init__(self, command: Command, progress: BenchProgress, experiment: Experiment, facts: dict[str, Any]) -> None:
+        self.command, self.progress, self.experiment, self.facts = command, progress, experiment, facts
+        self.matmul_rate = facts["environment"]["matmul_flops_per_s"]
+        self.path = command.reports / "data" / facts["environment"]["device_slug"] / "records.jsonl"
+        self.records: list[Record] = []
+
+    def keep(self, plan: ArmPlan, verdict: Verdict, losses=(), perf=None, untimed=None, paths=None, **extra: Any) -> None:
+        """Appends one record to the file, and says how the arm ended."""
+        facts = dict(self.facts, environment=dict(self.facts["environment"], paths=paths or {}))
+        reference = tuple(self.experiment.reference.losses)
+        record = Record(
+            arm=plan.name, role=plan.role, optimizations=plan.optimizations, verdict=verdict, summary=plan.summary,
+            exactness=plan.claim.value, why_exact=plan.why_exact, finished_at=_now(), losses=tuple(losses),
+            reference_losses=reference, noise_sigma=tuple(self.experiment.sigma), perf=perf, untimed=untimed,
+            **facts, **extra,
+        )  # fmt: skip
+        append(self.path, record)
+        self.records.append(record)
+        speed = f", {perf.ratio:.2f}x [{perf.ratio_low:.2f}, {perf.ratio_high:.2f}]" if perf else ""
+        self.progress.say(f"{plan.name}: {verdict.level.value}{speed}: {verdict.reason}")
+
+    def reference(self) -> None:
+        """The stock arm: everything it is the reference for, its repeat, its speed."""
+        self.experiment.prepare()
+        evidence = self.experiment.reference
+        self.facts["data"] = evidence.build["data"]
+        plan = ArmPlan(
+            "stock", "reference", (), self.command, Exactness.BITWISE,
+            "transformers' own layers in pure PyTorch with PEFT's adapters, documents kept apart", "it is the reference",
+        )  # fmt: skip
+        verdict = self.experiment.repeat_verdict()
+        perf = None
+        if verdict.level.lossless:
+            perf = time_alone(self.experiment.reference_arm, self.command.timing, self.matmul_rate, self.progress)
+        self.keep(plan, verdict, evidence.losses, perf, paths=evidence.build["paths"])
+
+    def arm(self, plan: ArmPlan) -> None:
+        """Gates one arm, times it if it passed and may be timed, and keeps its record."""
+        if plan.missing is not None:
+            self.keep(plan, Verdict(Level.NOT_RUN, plan.missing))
+            self._skip_rest(0)
+            return
+        done = self.progress.done
+        try:
+            candidate = self.experiment.gate_arm(ArmSpec(plan.name, plan.config, plan.optimizations), plan.claim)
+        except ArmFailed as error:
+            self.keep(plan, Verdict(Level.FAILED, str(error)))
+        else:
+            with candidate.arm:
+                self._keep_candidate(plan, candidate)
+        self._skip_rest(self.progress.done - done)
+
+    def _keep_candidate(self, plan: ArmPlan, candidate: Candidate) -> None:
+        perf, untimed = None, None
+        if candidate.verdict.level.lossless:
+            untimed = plan.untimed
+            if untimed is None:
+                stock = self.experiment.reference_arm
+                perf = time_arms(stock, candidate.arm, self.command.timing, self.matmul_rate, self.progress)
+        evidence = candidate.evidence
+        self.keep(
+            plan, candidate.verdict, evidence.losses if evidence else (), perf, untimed,
+            paths=evidence.build["paths"] if evidence else None,
+        )  # fmt: skip
+
+    def _skip_rest(self, done: int) -> None:
+        self.progress.skip(arm_units(self.command) - done)
+
+    def passed(self) -> list[str]:
+        """Optimizations that are lossless here and were timed, in the order of their arms."""
+        return [r.arm for r in self.records if r.role == "optimization" and r.verdict.level.lossless and r.perf is not None]
+
+
+def arm_units(command: Command) -> int:
+    return 2 * command.gate.probes + command.gate.steps + command.timing.blocks
+
+
+def planned_units(command: Command, arms: int) -> int:
+    """Units of work for the progress bar: a unit is a step of training, a probe batch or a block of timing."""
+    gate = command.gate
+    reference = 4 * gate.probes + (2 + gate.replicas) * gate.steps + command.timing.blocks
+    return reference + (arms + command.combine) * arm_units(command)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = parse(_default(arguments), "python -m bench.run", "Gates and times every optimization.", arguments)
+    from bench.environment import describe
+    from bench.report import render, summary_json
+    from loop.model import resolve_device
+
+    device, dtype = resolve_device(command)
+    _check(command)
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, here and in the arms
+    arms = plan_arms(command.arms, _config(command), device)
+    facts = _facts(command, device, describe(device), str(dtype).removeprefix("torch."))
+    records = command.reports / "data" / facts["environment"]["device_slug"] / "records.jsonl"
+    if records.exists():
+        read(records)  # a damaged line is the user's to mend now, not after the measurements
+    with (
+        tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
+        BenchProgress(planned_units(command, len(arms))) as progress,
+        Experiment(_config(command), command.gate, Path(scratch), dict(os.environ), progress) as experiment,
+    ):
+        bench = Bench(command, progress, experiment, facts)
+        bench.reference()
+        for plan in arms:
+            bench.arm(plan)
+        together = combination(bench.passed(), _config(command)) if command.combine else None
+        if together is not None:
+            bench.arm(together)
+    render(command.reports / "data", command.reports)
+    print(summary_json(bench.records))
+    return 0
+
+
+def _default(arguments: list[str]) -> Command:
+    """The recipe for the device: the 2B shape where there is a GPU, the small model elsewhere."""
+    import torch
+
+    from loop.recipe import load_recipe
+
+    wants_cpu = any(a == "--device=cpu" or arguments[i : i + 2] == ["--device", "cpu"] for i, a in enumerate(arguments))
+    name = "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"
+    return load_recipe(Path(__file__).parent / "recipes" / f"{name}.toml", Command())
+
+
+def _config(command: Command) -> Config:
+    return Config(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Config)})
+
+
+def _check(command: Command) -> None:
+    if command.lora.dropout:
+        raise UserError("lora.dropout must be 0 here: gradients are compared with an oracle that drops nothing out")
+    if command.output is not None or command.resume:
+        raise UserError("--output and --resume are for python -m loop.train; this command keeps records only")
+    for name, value, least in (
+        ("gate.steps", command.gate.steps, 2), ("gate.replicas", command.gate.replicas, 2),
+        ("gate.probes", command.gate.probes, 3), ("timing.blocks", command.timing.blocks, 2),
+        ("timing.micro_batches", command.timing.micro_batches, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+
+
+def _facts(command: Command, device, environment: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """What all records of this run share."""
+    from bench.ceilings import measure_ceilings
+    from loop.recipe import to_plain
+
+    ceilings = measure_ceilings(device)
+    environment |= {
+        "matmul_flops_per_s": ceilings.matmul_flops_per_s,
+        "matmul_dtype": ceilings.matmul_dtype,
+        "copy_bytes_per_s": ceilings.copy_bytes_per_s,
+    }
+    recipe = to_plain(command) | {"dtype": dtype}
+    for machine_path in ("reports", "output"):
+        recipe.pop(machine_path, None)
+    sha = (environment["git_sha"] or "nogit")[:7]
+    return {
+        "run_id": f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sha}",
+        "environment": environment, "recipe": recipe, "data": {},
+        "command": shlex.join(["python", "-m", "bench.run", *sys.argv[1:]]),
+    }  # fmt: skip
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,14 @@
+"""Backward from kept activations instead of recomputed ones."""
+
+from kernels.contract import Exactness, Optimization
+from kernels.keep_activations import patch
+
+OPTIMIZATION = Optimization(
+    name="keep_activations",
+    summary="gradient checkpointing switched off where memory allows: no second forward",
+    exactness=Exactness.BITWISE,
+    why_exact="recomputation repeats the forward on the same inputs and RNG state, so keeping its result changes no bit",
+    eligible=patch.eligible,
+    apply=patch.apply,
+    source=("Training deep nets with sublinear memory cost: arXiv 1604.06174",),
+)

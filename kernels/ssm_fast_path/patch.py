@@ -1,0 +1,46 @@
+"""Swaps the per-document PyTorch delta layers for FLA's, and refuses the Triton versions with which FLA is wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from loop.delta_net import PackedDeltaNet
+
+if TYPE_CHECKING:
+    from loop.run import Run
+
+# On Hopper, Triton 3.4.0 up to but not including 3.7.1 miscompiles FLA's gated backward (flash-linear-attention issue 640).
+WRONG_ON_HOPPER = ((3, 4, 0), (3, 7, 1))
+
+
+def eligible(run: Run) -> str | None:
+    if not any(type(module) is PackedDeltaNet for module in run.model.modules()):
+        return "the model has no gated-delta layers on the PyTorch path"
+    return triton_refusal(torch.cuda.get_device_capability(run.device), _triton_version())
+
+
+def triton_refusal(capability: tuple[int, int], version: tuple[int, ...]) -> str | None:
+    """Why FLA's gated backward must not run on this device with this Triton, or None."""
+    low, high = WRONG_ON_HOPPER
+    if capability[0] == 9 and low <= version < high:
+        return (
+            f"FLA's gated backward is wrong on Hopper with Triton {'.'.join(map(str, version))} (FLA issue 640); use 3.7.1"
+        )
+    return None
+
+
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+
+
+def apply(run: Run) -> None:
+    from kernels.ssm_fast_path.kernel import FlaDeltaNet
+
+    for parent in list(run.model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is PackedDeltaNet:
+                setattr(parent, name, FlaDeltaNet(child))

@@ -1,0 +1,101 @@
+"""AdamW on fp32 master copies of what trains, with warm-up, cosine decay and clipping."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from loop.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The rate of 0-based `step`: linear warm-up over `warmup_steps`, then a cosine to `min_lr_ratio` at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+class MasterAdamW:
+    """torch's AdamW over fp32 masters of `parameters` (canonical name -> parameter).
+
+    A parameter of another dtype gets an fp32 copy, and its gradient is added to the copy's in fp32 as soon as backward
+    has made it, so that accumulation over micro-steps does not round in bf16. Tensors of fewer than two dimensions
+    (norms, biases, decay rates) are not decayed.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        self.parameters = parameters
+        self.masters = {name: self._master(parameter) for name, parameter in parameters.items()}
+        groups = [
+            {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
+        )
+
+    def _master(self, parameter: nn.Parameter) -> torch.Tensor:
+        if parameter.dtype == torch.float32:
+            return parameter
+        master = parameter.detach().float().clone()
+
+        def accumulate(p: torch.Tensor) -> None:
+            gradient = p.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            p.grad = None
+
+        parameter.register_post_accumulate_grad_hook(accumulate)
+        return master
+
+    def gradients(self) -> dict[str, torch.Tensor | None]:
+        """fp32 gradients accumulated so far, by canonical name; None for a tensor that got none."""
+        return {name: master.grad for name, master in self.masters.items()}
+
+    def step(self, step: int) -> tuple[float, torch.Tensor]:
+        """One update from the accumulated gradients, which it clears. Returns the rate and the norm before clipping."""
+        rate = learning_rate(self.config, step, self.steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        masters = [master for master in self.masters.values() if master.grad is not None]
+        limit = self.config.clip_norm if self.config.clip_norm > 0 else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(masters, limit)
+        self.adamw.step()
+        self.publish()
+        self.zero_grad()
+        return rate, norm
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Rounds the masters into the parameters that compute."""
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                self.parameters[name].copy_(master)
+
+    def zero_grad(self) -> None:
+        for master in self.masters.values():
+            master.grad = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Masters, both moments and the step counts by name; copies nothing."""
+        out = {}
+        for name, master in self.masters.items():
+            out[f"master.{name}"] = master.detach()
+            for key, value in self.adamw.state.get(master, {}).items():
+                out[f"{key}.{name}"] = value
+        return out
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes what `state` gave. Raises KeyError for a missing tensor, RuntimeError for a wrong shape."""
+        for name, master in self.masters.items():
+            master.copy_(state[f"master.{name}"])
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state]
+            if keys:
+                device = {key: torch.device("cpu") if key == "step" else master.device for key in keys}
+                self.adamw.state[master] = {key: state[f"{key}.{name}"].to(device[key]).clone() for key in keys}
+        self.publish()

@@ -1,0 +1,33 @@
+"""Named model shapes, built with random weights when there is no checkpoint.
+
+The Qwen3.5 sizes are the text models' published configurations; the tiny ones keep their structure (three gated-delta
+layers to one of full attention, grouped query heads, rope on a quarter) at a size that two CPU cores train in seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_QWEN35 = {"vocab_size": 248_320, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
+           "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000.0,
+                                                            "partial_rotary_factor": 0.25}}  # fmt: skip
+_TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}  # fmt: skip
+
+# name -> (transformers model type, configuration). A tiny shape takes its vocabulary from the tokenizer.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3.5-tiny": ("qwen3_5_text", _TINY | {"linear_key_head_dim": 32, "linear_value_head_dim": 32,
+                                              "linear_num_key_heads": 2, "linear_num_value_heads": 4}),
+    "qwen3.5-0.8b": ("qwen3_5_text", _QWEN35 | {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24,
+                                                "num_attention_heads": 8, "num_key_value_heads": 2}),
+    "qwen3.5-2b": ("qwen3_5_text", _QWEN35 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
+                                              "num_attention_heads": 8, "num_key_value_heads": 2}),
+    "qwen3-tiny": ("qwen3", _TINY),
+    "qwen2-tiny": ("qwen2", {key: value for key, value in _TINY.items() if key != "head_dim"}),
+    "llama-tiny": ("llama", _TINY),
+    "mistral-tiny": ("mistral", _TINY | {"sliding_window": 96}),
+}  # fmt: skip
+
+
+def is_tiny(name: str) -> bool:
+    return name.endswith("-tiny")

@@ -1,0 +1,84 @@
+"""`python -m loop.train --data my.jsonl`: trains with what the reports allow on this device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from loop.cli import guarded, parse
+from loop.config import Config
+
+
+@dataclass(frozen=True)
+class Command(Config):
+    """Flags of `python -m loop.train`."""
+
+    enable: tuple[str, ...] | None = None  # optimizations to switch on; left out: what shipping.toml allows here
+    reports: Path | None = None  # the folder with the reports; left out: the project's own
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains, printing a line a step to stderr and one JSON line with the result to stdout."""
+    command = parse(
+        Command(output=Path("runs") / time.strftime("%Y%m%d-%H%M%S")),
+        "python -m loop.train",
+        "Trains a model on chat data.",
+        argv,
+    )
+    from loop.device import device_name, device_slug
+    from loop.errors import UserError
+    from loop.model import resolve_device
+    from loop.shipping import REPORTS, read_shipping
+    from loop.training import NonFiniteLoss, train
+
+    config = Config(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Config)})
+    device, dtype = resolve_device(config)
+    names = command.enable
+    if names is None:
+        shipping = read_shipping(config, device_slug(device), command.reports or REPORTS)
+        names = shipping.enable
+        _say(f"shipping {shipping.why}")
+    _say(f"{config.model}, {config.method}, {str(dtype).removeprefix('torch.')} on {device_name(device)}")
+    try:
+        log = train(config, names, on_step=lambda step: _say(_line(step, config.steps)))
+    except NonFiniteLoss as error:
+        raise UserError(str(error)) from error
+    for name, reason in log.refused.items():
+        _say(f"not enabled: {name}: {reason}")
+    if log.data.get("skipped"):
+        _say(f"skipped examples: {log.data['skipped']}")
+    if log.save_seconds > 0.05 * sum(step.seconds for step in log.steps):
+        _say(f"checkpoints took {log.save_seconds:.1f} s; --save-every N makes fewer")
+    print(json.dumps(_result(config, log)))
+    if log.interrupted:
+        _say(f"interrupted after step {log.steps[-1].step if log.steps else 'none'}; --resume goes on from {config.output}")
+        return 130
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _line(step, steps: int) -> str:
+    rate = step.real_tokens / step.seconds
+    return (
+        f"step {step.step + 1}/{steps}  loss {step.loss:.4f}  grad norm {step.grad_norm:.3f}  lr {step.lr:.2e}  "
+        f"{rate:,.0f} real tok/s  {step.seconds:.2f} s"
+    )
+
+
+def _result(config: Config, log) -> dict:
+    last = log.steps[-1] if log.steps else None
+    return {
+        "output": str(config.output), "steps": len(log.steps), "final_loss": last.loss if last else None,
+        "enabled": list(log.enabled), "refused": log.refused, "data": log.data, "interrupted": log.interrupted,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    guarded(main)
