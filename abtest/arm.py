@@ -20,7 +20,11 @@ OnStep = Callable[[int, int], None]
 
 
 class ArmFailed(Exception):
-    """The arm's process ended, or could not go on; the message holds the last lines it printed."""
+    """The arm's process ended, or could not go on. The message is one line; `output` the last lines it printed."""
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Arm:
         try:
             print(json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True)
         except BrokenPipeError as error:
-            raise ArmFailed(self._last_words()) from error
+            raise self._ended() from error
         for line in self.process.stdout:
             message = json.loads(line)
             if "answer" in message:
@@ -80,9 +84,10 @@ class Arm:
                 raise ArmFailed(message["failed"])
             if on_step is not None:
                 on_step(message["step"], message["steps"])
-        raise ArmFailed(self._last_words())
+        raise self._ended()
 
-    def _last_words(self) -> str:
+    def _ended(self) -> ArmFailed:
         code = self.process.wait()
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"the process of arm {self.spec.name} ended with code {code}: {lines[-1] if lines else 'no output'}"
+        last = lines[-1] if lines else "no output"
+        return ArmFailed(f"the process of arm {self.spec.name} ended with code {code}: {last}", "\n".join(lines[-30:]))

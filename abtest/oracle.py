@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from loop.batch import PackedBatch
+from loop.batch import IGNORE, PackedBatch
+from loop.delta_net import CHUNK
 from loop.model import plain_micro_step, trainable
 from loop.run import Run
 
@@ -53,19 +55,25 @@ def make_exact(run: Run) -> torch.dtype:
     return dtype
 
 
-def documents(batch: PackedBatch) -> Iterator[PackedBatch]:
-    """The documents of a pack, each as a batch of its own; those without a supervised token are left out."""
-    ids, labels, positions = (x.flatten() for x in (batch.input_ids, batch.labels, batch.position_ids))
-    start = 0
-    for length in batch.lengths:
-        part = slice(start, start + length)
-        start += length
-        supervised = int((labels[part] != -100).sum())
-        if supervised:
-            cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=ids.device)
-            yield PackedBatch(
-                ids[part][None], labels[part][None], positions[part][None], cu_seqlens, length, supervised
-            )  # fmt: skip
+def unpacked(batch: PackedBatch) -> Iterator[PackedBatch]:
+    """The documents of a pack as rows of plain batches, those of about the same length together.
+
+    Nothing is packed: a row holds one document, and behind it zeros that a causal model cannot see from the document.
+    Documents without a supervised token have no gradient and are left out.
+    """
+    by_length: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    starts = [0, *torch.tensor(batch.lengths).cumsum(0).tolist()]
+    for start, end in zip(starts, starts[1:], strict=False):
+        ids, labels = batch.input_ids.flatten()[start:end], batch.labels.flatten()[start:end]
+        if bool((labels != IGNORE).any()):
+            padded = -(-(end - start) // CHUNK) * CHUNK
+            by_length.setdefault(padded, []).append((ids, labels))
+    for length, group in sorted(by_length.items()):
+        ids = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _ in group])
+        labels = torch.stack([F.pad(labels, (0, length - len(labels)), value=IGNORE) for _, labels in group])
+        positions = torch.arange(length, device=ids.device).expand(len(group), -1)
+        cu_seqlens = torch.arange(0, ids.numel() + 1, length, dtype=torch.int32, device=ids.device)
+        yield PackedBatch(ids, labels, positions, cu_seqlens, ids.numel(), int((labels != IGNORE).sum()))
 
 
 def exact_gradients(run: Run, batch: PackedBatch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -74,6 +82,6 @@ def exact_gradients(run: Run, batch: PackedBatch, dtype: torch.dtype) -> dict[st
     for parameter in parameters.values():
         parameter.grad = None
     with exact_arithmetic(dtype):
-        for document in documents(batch):
-            plain_micro_step(run, document.to(run.device), batch.supervised_tokens)
+        for rows in unpacked(batch):
+            plain_micro_step(run, rows.to(run.device), batch.supervised_tokens)
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}

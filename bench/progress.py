@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -25,6 +26,7 @@ class BenchProgress:
         self.progress = Progress(*columns, console=console, disable=not self.live)
         self.task = self.progress.add_task("bench", total=planned, arm="starting", phase="")
         self.planned, self.done, self.phase = planned, 0, ("", "")
+        self.began = time.monotonic()
 
     def __enter__(self) -> BenchProgress:
         self.progress.start()

@@ -90,6 +90,7 @@ class Bench:
         try:
             candidate = self.experiment.gate_arm(ArmSpec(plan.name, plan.config, plan.optimizations), plan.claim)
         except ArmFailed as error:
+            self.progress.say(error.output)
             self.keep(plan, Verdict(Level.FAILED, str(error)))
         else:
             with candidate.arm:

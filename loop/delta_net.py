@@ -1,8 +1,8 @@
 """Qwen3.5's gated-delta layer with packed documents kept apart.
 
 transformers' pure-PyTorch path takes `cu_seqlens` and ignores it: the convolution reads, and the delta-rule state carries
-over, whatever came before in the pack. Here both run once per document, through transformers' own functions, so a packed
-document is computed exactly as an unpacked one would be.
+over, whatever came before in the pack. Here every document is a row of its own, and both run through transformers' own
+functions, one call for all documents of about the same length.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from torch import nn
 from loop.batch import PackedBatch
 
 
+CHUNK = 64  # of transformers' delta rule, which pads every sequence to a multiple of it
+
+
 @dataclass(frozen=True)
 class Pack:
     """Document boundaries of one micro-batch: `cu_seqlens` [N + 1] int32 on the device, `lengths` on the host."""
@@ -25,18 +28,50 @@ class Pack:
     cu_seqlens: torch.Tensor
     lengths: tuple[int, ...]
 
+    @classmethod
+    def of(cls, batch: PackedBatch) -> Pack:
+        return cls(batch.cu_seqlens, batch.lengths)
+
     @cached_property
     def cu_seqlens_cpu(self) -> torch.Tensor:
         """`cu_seqlens` on the host, int32 [N + 1], without a device synchronisation."""
         return torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
-    @classmethod
-    def of(cls, batch: PackedBatch) -> Pack:
-        return cls(batch.cu_seqlens, batch.lengths)
+    @cached_property
+    def groups(self) -> tuple[torch.Tensor, ...]:
+        """Documents of the same number of chunks, as rows: flat positions [documents, chunks * 64], int64 on the device.
+
+        A row is filled up with the position one past the end, T. Rows differ from unpacked documents only in the zeros
+        behind them, which transformers' function would add itself.
+        """
+        rows: dict[int, list[torch.Tensor]] = {}
+        for start, length in zip(self.cu_seqlens_cpu.tolist(), self.lengths, strict=False):
+            padded = -(-length // CHUNK) * CHUNK
+            row = torch.full((padded,), sum(self.lengths))
+            row[:length] = torch.arange(start, start + length)
+            rows.setdefault(padded, []).append(row)
+        return tuple(torch.stack(group).to(self.cu_seqlens.device) for _, group in sorted(rows.items()))
+
+    @cached_property
+    def back(self) -> torch.Tensor:
+        """Where each flat position went in the concatenated groups, int64 [T] on the device."""
+        places = torch.cat([group.flatten() for group in self.groups])
+        back = torch.empty(sum(self.lengths) + 1, dtype=torch.int64, device=places.device)
+        back[places] = torch.arange(places.numel(), device=places.device)
+        return back[:-1]
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x [1, T, ...] -> one [documents, chunks * 64, ...] for every group, zeros behind each document."""
+        padded = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])
+        return [padded.index_select(0, group.flatten()).view(*group.shape, *x.shape[2:]) for group in self.groups]
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `split`."""
+        return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self.back)[None]
 
 
 class PackedDeltaNet(nn.Module):
-    """Stands in for `Qwen3_5GatedDeltaNet`: same submodules, same parameter names, same arithmetic, one document at a time.
+    """Stands in for `Qwen3_5GatedDeltaNet`: same submodules, same parameter names, same arithmetic, documents apart.
 
     A subclass may replace `convolve` and `delta_rule`; the flattened [1, B * L] layout makes documents contiguous.
     """
@@ -68,26 +103,24 @@ class PackedDeltaNet(nn.Module):
 
     def convolve(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
         """Causal depthwise convolution and activation, x [1, T, C] -> [1, T, C], reset at every document."""
-        conv = _plain("causal_conv1d_fn")
-        weight = self.conv1d.weight.squeeze(1)
-        pieces = [
-            conv(piece, weight, self.conv1d.bias, activation=self.activation)
-            for piece in x.transpose(1, 2).split(pack.lengths, dim=-1)
-        ]
-        return torch.cat(pieces, dim=-1).transpose(1, 2)
+        conv, weight = _plain("causal_conv1d_fn"), self.conv1d.weight.squeeze(1)
+        return pack.join(
+            [
+                conv(rows.transpose(1, 2), weight, self.conv1d.bias, activation=self.activation).transpose(1, 2)
+                for rows in pack.split(x)
+            ]
+        )
 
     def delta_rule(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, pack: Pack
     ) -> torch.Tensor:
         """q, k [1, T, key heads, K]; v [1, T, value heads, V]; g, beta [1, T, value heads] -> [1, T, value heads, V]."""
         rule = _plain("torch_chunk_gated_delta_rule")
-        groups = self.num_v_heads // self.num_k_heads
-        if groups > 1:
-            q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
-        documents = zip(*(x.split(pack.lengths, dim=1) for x in (q, k, v, g, beta)), strict=True)
-        return torch.cat(
-            [rule(*document, use_qk_l2norm_in_kernel=True, output_final_state=False)[0] for document in documents], dim=1
-        )
+        copies = self.num_v_heads // self.num_k_heads
+        if copies > 1:
+            q, k = (x.repeat_interleave(copies, dim=2) for x in (q, k))
+        groups = zip(*(pack.split(x) for x in (q, k, v, g, beta)), strict=True)
+        return pack.join([rule(*rows, chunk_size=CHUNK, use_qk_l2norm_in_kernel=True)[0] for rows in groups])
 
 
 def _plain(name: str):

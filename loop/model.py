@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from loop.attention import use_repeatable_attention
 from loop.batch import IGNORE, PackedBatch
 from loop.config import Config
 from loop.delta_net import Pack, isolate_documents
@@ -78,6 +79,7 @@ def load_model(config: Config, vocab_size: int) -> nn.Module:
     if have < vocab_size:
         raise UserError(f"--model {config.model}: {have} embeddings, but the tokenizer has {vocab_size} tokens")
     isolate_documents(model)
+    use_repeatable_attention(model)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

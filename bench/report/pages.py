@@ -1,0 +1,119 @@
+"""One arm's page: its verdict, its loss beside the reference's, every check beside its limit, and its speed."""
+
+from __future__ import annotations
+
+from abtest.verdict import Check
+from bench.records import Record
+from bench.report.text import (
+    MARK,
+    NOTHING,
+    code,
+    facts,
+    memory,
+    names,
+    number,
+    page_name,
+    per_second,
+    percent,
+    prose,
+    ratio,
+    scalar,
+    setting,
+    shell,
+    table,
+)
+
+SIGMA = "σ is the standard deviation of the loss at that step over perturbed references: the noise floor."
+
+
+def arm_page(record: Record, device: str, newest_run: str, older: int, ships: str | None, plotted: bool) -> str:
+    """Markdown of one arm. `ships`: why it ships or does not, None for the reference; `older`: superseded records."""
+    sections = [
+        f"<!-- {MARK} -->\n# {code(record.arm)} on {prose(device)}",
+        _verdict(record, ships),
+        _history(record, newest_run, older),
+        facts_of(record),
+        "## Loss" if plotted else "",
+        f"![Loss of {page_name(record.arm)} and of the reference by step]({page_name(record.arm)}.png)" if plotted else "",
+        SIGMA if plotted and any(record.noise_sigma) else "",
+        "## Checks\n\n" + checks(record),
+        "## Speed\n\n" + speed(record),
+        "## Microbenchmark\n\n" + facts(record.micro) if record.micro else "",
+        "## Notes\n\n" + "\n".join(f"- {prose(note)}" for note in record.notes) if record.notes else "",
+        "## Where it comes from\n\n" + _provenance(record),
+        "[All arms of this device](README.md)",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _verdict(record: Record, ships: str | None) -> str:
+    level = record.verdict.level
+    words = "lossless" if level.lossless else "not run here" if level.value == "NOT_RUN" else "not lossless"
+    lines = [f"> **{level.value}** ({words}): {prose(record.verdict.reason)}"]
+    if ships is not None:
+        lines.append(f"> Ships here: {ships}")
+    return "\n>\n".join(lines)
+
+
+def _history(record: Record, newest_run: str, older: int) -> str:
+    parts = []
+    if record.run_id != newest_run:
+        parts.append(f"This arm is not in the newest run, {code(newest_run)}: its numbers are from {code(record.run_id)}.")
+    if older:
+        parts.append(f"{older} older {'record' if older == 1 else 'records'} of this arm not shown.")
+    return " ".join(parts)
+
+
+def facts_of(record: Record) -> str:
+    rows = [
+        ("what it does", prose(record.summary) or NOTHING),
+        ("switched on", names(record.optimizations) or NOTHING),
+        ("exactness claimed", prose(record.exactness.upper()) or NOTHING),
+        ("why exact", prose(record.why_exact) or NOTHING),
+        ("trained", setting(record) or NOTHING),
+        ("implementations that ran", scalar("paths", record.environment.get("paths"))),
+    ]
+    return table(("", ""), rows)
+
+
+def checks(record: Record) -> str:
+    """Every check of the gate: its number beside its limit, whether it passed, and what was worst."""
+    if not record.verdict.checks:
+        return f"No check was made: {prose(record.verdict.reason)}"
+    rows = [
+        (prose(check.name), number(check.value), number(check.limit), passed(check), prose(check.detail) or NOTHING)
+        for check in record.verdict.checks
+    ]
+    return table(("check", "value", "limit", "", "worst"), rows, numeric=(1, 2))
+
+
+def passed(check: Check) -> str:
+    return "pass" if check.passed else "**FAIL**"
+
+
+def speed(record: Record) -> str:
+    perf = record.perf
+    if perf is None:
+        return why_untimed(record)
+    compared = "it is the reference" if record.role == "reference" else ratio(perf)
+    rows = [
+        ("speed ratio to the reference, 95 % interval", f"{compared}, {perf.blocks} blocks"),
+        ("real tokens/s", f"**{per_second(perf.real_tokens_per_s)}**"),
+        ("positions/s", per_second(perf.positions_per_s)),
+        ("supervised tokens/s", per_second(perf.supervised_tokens_per_s)),
+        ("micro-step", f"{number(perf.micro_step_ms, 4)} ms"),
+        ("peak memory", memory(perf.peak_memory_bytes)),
+        ("MFU, of the measured matrix rate", percent(perf.mfu)),
+        ("kernel launches a micro-step", NOTHING if perf.launches is None else f"{perf.launches:,}"),
+    ]
+    return table(("", ""), rows)
+
+
+def why_untimed(record: Record) -> str:
+    if not record.verdict.level.lossless:
+        return "No time: what did not pass its gate is not timed."
+    return f"Not timed: {prose(record.untimed or 'the record gives no reason.')}"
+
+
+def _provenance(record: Record) -> str:
+    return f"Run {code(record.run_id)}, finished {prose(record.finished_at)}.\n\n```sh\n{shell(record.command)}\n```"

@@ -1,0 +1,98 @@
+"""Rendering: from the records to the files under reports/, and the comparison of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.records import Record
+from bench.report import overview, pages, plots, shipping
+from bench.report.devices import Device, load
+from bench.report.text import MARK, page_name, prose
+from loop.errors import UserError
+from loop.files import replacing
+
+EARLIER = "no: not in the newest run"
+
+
+def render(data_dir: Path, out_dir: Path) -> list[Path]:
+    """Writes the whole report of the records in `data_dir`/<device_slug>/*.jsonl to `out_dir`.
+
+    The files are a function of the records alone. A file that already says the same is left as it is, and a file that an
+    earlier rendering made and no record explains any more is removed. Returns the report's files, relative to `out_dir`,
+    sorted. Raises UserError for a record that is not valid, naming file and line; nothing is written then.
+    """
+    content = files(data_dir)
+    for path, data in content.items():
+        target = out_dir / path
+        if not (target.is_file() and same(path, target.read_bytes(), data)):
+            with replacing(target) as temporary:
+                temporary.write_bytes(data)
+    for path in sorted(generated(out_dir) - set(content)):
+        (out_dir / path).unlink()
+    return sorted(content)
+
+
+def differences(data_dir: Path, out_dir: Path) -> list[str]:
+    """The report's files in `out_dir` that are missing, differ from what the records say, or have no record, with which."""
+    found = []
+    content = files(data_dir)
+    for path, data in sorted(content.items()):
+        if not (out_dir / path).is_file():
+            found.append(f"{path} (missing)")
+        elif not same(path, (out_dir / path).read_bytes(), data):
+            found.append(f"{path} (differs)")
+    return found + [f"{path} (no record)" for path in sorted(generated(out_dir) - set(content))]
+
+
+def files(data_dir: Path) -> dict[Path, bytes]:
+    """Every file of the report and its bytes, in memory."""
+    devices = [(device, shipping.decide(device.current)) for device in load(data_dir)]
+    content = {Path("README.md"): overview.index_page(devices).encode("utf-8", "replace")}
+    for device, decision in devices:
+        if device.slug == data_dir.name:
+            raise UserError(f"{data_dir / device.slug}: a device can't have the name of the records' folder")
+        content.update({Path(device.slug) / name: data for name, data in _device_files(device, decision)})
+    return content
+
+
+def _device_files(device: Device, decision: shipping.Shipping) -> Iterator[tuple[str, bytes]]:
+    timed = any(record.perf and record.role != "reference" for record in device.current)
+    yield "README.md", overview.device_page(device, decision, timed).encode("utf-8", "replace")
+    if timed:
+        yield "overview.png", plots.ratio_plot(device.current, decision.basis, device.name)
+    toml = shipping.to_toml(device.slug, device.name, device.run_id, device.reference or device.current[-1], decision)
+    yield "shipping.toml", toml.encode()
+    for record in (*device.current, *device.earlier):
+        name, older = page_name(record.arm), device.older.get(record.arm, 0)
+        reason = decision.reasons.get(record.arm)
+        ships = EARLIER if record in device.earlier else _answer(record, decision, reason)
+        plotted = bool(record.losses)
+        page = pages.arm_page(record, device.name, device.run_id, older, ships, plotted)
+        yield f"{name}.md", page.encode("utf-8", "replace")
+        if plotted:
+            yield f"{name}.png", plots.loss_plot(record, device.name)
+
+
+def _answer(record: Record, decision: shipping.Shipping, reason: str | None) -> str | None:
+    if reason is None:
+        return None
+    return f"{'**yes**' if overview.ships(record, decision) else 'no'}: {prose(reason)}"
+
+
+def same(path: Path, one: bytes, two: bytes) -> bool:
+    """Whether two versions of a report file say the same: text to the byte, plots by their numbers and pixels."""
+    return plots.same_image(one, two) if path.suffix == ".png" else one == two
+
+
+def generated(out_dir: Path) -> set[Path]:
+    """The files in `out_dir` and its device folders that a rendering made, by their mark; relative to `out_dir`."""
+    if not out_dir.is_dir():
+        return set()
+    found = [path for pattern in ("*.md", "*/*.md", "*/*.png", "*/shipping.toml") for path in out_dir.glob(pattern)]
+    return {path.relative_to(out_dir) for path in found if path.is_file() and _marked(path)}
+
+
+def _marked(path: Path) -> bool:
+    data = path.read_bytes()
+    return plots.is_ours(data) if path.suffix == ".png" else MARK.encode() in data[:400]

@@ -1,0 +1,46 @@
+"""One JSON document with every arm's verdict and numbers: the last line that `python -m bench.run` prints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bench.records import Record
+from bench.report.devices import select
+from bench.report.shipping import decide
+
+PERF = (
+    "ratio", "ratio_low", "ratio_high", "real_tokens_per_s", "positions_per_s", "supervised_tokens_per_s",
+    "peak_memory_bytes", "mfu", "launches",
+)  # fmt: skip
+
+
+def summary_json(records: Sequence[Record]) -> str:
+    """One line of strict JSON about the newest run in `records`, which are all of one device.
+
+    A number that an arm does not have, or that is not finite, is null. Raises ValueError for no records at all.
+    """
+    if not records:
+        raise ValueError("a summary needs at least one record")
+    device = select(str(records[0].environment.get("device_slug", "unknown")), records)
+    document = {
+        "run_id": device.run_id,
+        "device": device.name,
+        "model": device.current[0].recipe.get("model"),
+        "arms": [_arm(record) for record in device.current],
+        "shipping": list(decide(device.current).enable),
+        "report": f"reports/{device.slug}/README.md",
+    }
+    return json.dumps(document, allow_nan=False)
+
+
+def _arm(record: Record) -> dict[str, Any]:
+    fields = {"arm": record.arm, "role": record.role, "level": record.verdict.level.value, "reason": record.verdict.reason}
+    numbers = {name: _finite(getattr(record.perf, name, None)) for name in PERF}
+    return {**fields, **numbers, "untimed": record.untimed}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

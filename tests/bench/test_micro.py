@@ -1,0 +1,122 @@
+"""`python -m bench.micro`: what it refuses, what it prints, and the statistics behind a ratio."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from bench import micro
+from bench.ceilings import Ceilings
+from bench.timing import ratio_interval, time_pair
+from kernels import registry
+from kernels.contract import Exactness, Needs, Op, Optimization, Workload
+from loop.errors import UserError
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(1e10, 1e11, 1 << 20, 64, "float32")
+
+
+def square(x: torch.Tensor) -> torch.Tensor:
+    return x * x
+
+
+def optimization_with(candidate, **changes) -> Optimization:
+    workload = Workload("tiny", {"N": 200}, small=True)
+    op = Op(square, candidate, seeded, (workload,), lambda w: 4000, lambda w: 600)
+    made = Optimization("squares", "", Exactness.ROUNDING, "", lambda run: None, lambda run: None, op)
+    return replace(made, **changes)
+
+
+def seeded(workload: Workload, device: torch.device, seed: int) -> tuple[torch.Tensor]:
+    return (torch.randn(workload.shape["N"], generator=torch.Generator(device).manual_seed(seed)).requires_grad_(),)
+
+
+def test_what_matches_is_timed():
+    result = micro.run_micro(optimization_with(square), CPU, samples=4, ceilings=CEILINGS)
+    row = result["workloads"]["tiny"]
+    assert result["level"] == "BITWISE" and result["untimed"] is None
+    assert row["reference_us"] > 0 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    assert row["tb_per_s"] == pytest.approx(4000 / row["candidate_us"] / 1e6)
+    assert row["of_ceiling"] == pytest.approx(0.4 / row["candidate_us"])  # 4000 bytes at 10 GB/s
+
+
+def test_what_does_not_match_is_not_timed():
+    result = micro.run_micro(optimization_with(lambda x: 1.01 * square(x)), CPU, ceilings=CEILINGS)
+    assert result["level"] == "FAILED" and "mean ratio" in result["untimed"]
+    assert "reference_us" not in result["workloads"]["tiny"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_an_infinite_error_ratio_is_still_json():
+    result = micro.run_micro(optimization_with(lambda x: square(x) * torch.full((), float("nan"))), CPU, ceilings=CEILINGS)
+    assert result["level"] == "FAILED"
+    json.dumps(result, allow_nan=False)
+
+
+def test_triton_without_a_gpu_is_checked_and_not_timed(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = micro.run_micro(optimization_with(square, needs=Needs(triton=True)), CPU)
+    assert result["level"] == "BITWISE" and result["untimed"] == micro.INTERPRETED
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"op": None}, "no op of its own"),
+        ({"needs": Needs(cuda=True)}, "CUDA"),
+        ({"needs": Needs(packages=("no_such",))}, "no_such"),
+    ],
+)
+def test_what_cannot_run_says_why(changes, words):
+    result = micro.run_micro(optimization_with(square, **changes), CPU)
+    assert result["level"] == "NOT_RUN" and words in result["untimed"]
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"'nope'.*silu_mul"):
+        micro.main(["--optimization", "nope", "--device", "cpu"])
+    with pytest.raises(UserError, match=r"there are: .*silu_mul"):
+        micro.main(["--device", "cpu"])
+
+
+@pytest.mark.parametrize(("candidate", "code"), [(square, 0), (lambda x: square(x) + 1, 1)])
+def test_the_command_ends_with_one_json_line(candidate, code, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "discover", lambda: {"squares": optimization_with(candidate)})
+    monkeypatch.setattr("bench.ceilings.measure_ceilings", lambda device: CEILINGS)
+    assert micro.main(["--optimization", "squares", "--device", "cpu", "--samples", "3"]) == code
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
+    assert ("ratio" in result["workloads"]["tiny"]) is (code == 0)
+    assert ("error: squares not timed: FAILED" in printed.err) is (code == 1)
+
+
+def test_the_table_shows_ratio_and_interval():
+    result = micro.run_micro(optimization_with(square), CPU, samples=4, ceilings=CEILINGS)
+    result["workloads"]["tiny"] |= {"ratio": 1.5, "ratio_low": 1.4, "ratio_high": 1.6}
+    console = Console(width=180)
+    with console.capture() as capture:
+        console.print(micro.table(result))
+    assert "1.50 [1.40, 1.60]" in capture.get()
+
+
+def test_the_interval_is_seeded_and_holds_the_median():
+    noise = np.random.default_rng(1).normal(1.0, 0.05, 200)
+    once, twice = (ratio_interval(2.0 * noise, np.ones(200), seed=3) for _ in range(2))
+    assert once == twice
+    ratio, low, high = once
+    assert low <= ratio <= high and high - low < 0.05
+    assert ratio == pytest.approx(2.0, rel=0.02)
+
+
+def test_sides_are_timed_in_turn():
+    calls = []
+    timing = time_pair(lambda: calls.append("r"), lambda: calls.append("c"), CPU, samples=4, warmup=1)
+    assert "".join(calls) == "rc" + "rccrrccr"
+    assert len(timing.reference_samples_us) == len(timing.candidate_samples_us) == 4
+    with pytest.raises(ValueError, match="at least 2"):
+        time_pair(lambda: None, lambda: None, CPU, samples=1)

@@ -1,0 +1,8 @@
+"""Shared by all tests."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any test module

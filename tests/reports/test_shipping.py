@@ -1,0 +1,154 @@
+"""What ships, and the file that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+
+import pytest
+import synthetic_records as synthetic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abtest.verdict import Level
+from bench.report import summary_json
+from bench.report.shipping import decide, quoted, to_toml
+
+LOSSLESS = [level for level in Level if level.lossless]
+
+
+def single(name, ratio=None, level=Level.ROUNDING, width=0.02, **changes):
+    return synthetic.record(name, level, perf=None if ratio is None else synthetic.perf(ratio, width), **changes)
+
+
+def combination(ratio, *names, level=Level.ROUNDING, width=0.02, arm="all"):
+    return single(arm, ratio, level, width, role="combination", optimizations=names)
+
+
+def test_the_combination_ships_when_it_is_the_fastest():
+    shipping = decide([single("a", 1.1), single("b", 0.99), combination(1.2, "a", "b"), single("c", 1.05)])
+    assert shipping.enable == ("a", "b") and shipping.basis.arm == "all"
+    assert shipping.not_enabled == {
+        "c": "ROUNDING and 1.05x [1.03, 1.07], but all is faster and they were not measured together"
+    }
+    assert shipping.reasons["b"] == "part of all, measured together"
+
+
+def test_the_best_single_one_ships_when_the_combination_is_slower():
+    shipping = decide([single("a", 1.1), single("b", 1.3), combination(1.25, "a", "b")])
+    assert shipping.enable == ("b",)
+    assert shipping.not_enabled == {
+        "a": "ROUNDING and 1.10x [1.08, 1.12], but b is faster and they were not measured together"
+    }
+
+
+@pytest.mark.parametrize("level", [level for level in Level if not level.lossless])
+def test_a_combination_with_a_member_that_did_not_pass_stays_off(level):
+    shipping = decide([single("a", 1.1), single("b", level=level), combination(1.5, "a", "b")])
+    assert shipping.enable == ("a",)
+    assert shipping.not_enabled["b"].startswith(f"{level.value}: ")
+    assert shipping.reasons["all"] == f"ROUNDING, but b alone is {level.value}"
+
+
+def test_members_without_a_record_of_their_own_are_named():
+    shipping = decide([single("a", 1.1), combination(None, "a", "b", level=Level.FAILED)])
+    assert shipping.enable == ("a",)
+    assert shipping.not_enabled == {"b": "measured only within all, which does not ship"}
+
+
+def test_a_gain_inside_its_interval_is_none():
+    shipping = decide([single("a", 1.003, width=0.01), single("b", 0.8), single("c", math.nan)])
+    assert shipping.enable == () and shipping.basis is None
+    assert shipping.not_enabled["a"] == "lossless but no measurable gain: ratio 1.003x [0.993, 1.013]"
+    assert shipping.not_enabled["b"] == "lossless but slower: ratio 0.80x [0.78, 0.82]"
+    assert shipping.not_enabled["c"].startswith("lossless but no measurable gain")
+
+
+def test_what_was_not_timed_or_not_run_stays_off_with_its_reason():
+    arms = [single("a", untimed="the interpreter is not timed"), single("b", level=Level.NOT_RUN, optimizations=())]
+    assert decide(arms).not_enabled == {
+        "a": "not timed here: the interpreter is not timed",
+        "b": "NOT_RUN: largest loss difference 2.1 sigma, limit 6",
+    }
+
+
+def test_peers_and_the_reference_never_ship():
+    assert decide([synthetic.reference(), single("peer", 3.0, role="peer", optimizations=("x",))]).enable == ()
+
+
+@pytest.mark.parametrize("level", [Level.INVALID, Level.FAILED])
+def test_nothing_ships_beside_a_reference_that_can_not_be_trusted(level):
+    shipping = decide([synthetic.record("stock", level, role="reference"), single("a", 1.5)])
+    assert shipping.enable == () and shipping.not_enabled["a"].startswith(f"the reference itself is {level.value}")
+
+
+ARMS = st.builds(
+    lambda number, level, ratio, width, timed: single(
+        f"o{number}", ratio if timed and level.lossless else None, level, width
+    ),
+    st.integers(0, 4), st.sampled_from(Level), st.floats(0.5, 2), st.floats(0, 0.3), st.booleans(),
+)  # fmt: skip
+GROUPS = st.builds(
+    lambda numbers, ratio: combination(ratio, *(f"o{number}" for number in sorted(numbers))),
+    st.sets(st.integers(0, 5), min_size=2), st.floats(0.5, 2),
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(ARMS, max_size=5, unique_by=lambda record: record.arm), st.lists(GROUPS, max_size=1))
+def test_only_what_passed_together_ships_and_all_else_has_a_reason(singles, groups):
+    current = [synthetic.reference(), *singles, *groups]
+    shipping = decide(current)
+    passed = {
+        record.optimizations for record in current
+        if record.verdict.level.lossless and record.perf and record.perf.ratio_low > 1 and record.role != "reference"
+    }  # fmt: skip
+    assert shipping.enable == () or shipping.enable in passed
+    assert not any({record.arm} & set(shipping.enable) for record in singles if not record.verdict.level.lossless)
+    everything = {name for record in current for name in record.optimizations}
+    assert set(shipping.enable) | set(shipping.not_enabled) == everything
+    assert not set(shipping.enable) & set(shipping.not_enabled) and all(shipping.not_enabled.values())
+    text = to_toml("slug", "Device", "run", current[0], shipping)
+    assert tomllib.loads(text)["enable"] == list(shipping.enable)
+    assert tomllib.loads(text)["not_enabled"] == shipping.not_enabled
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_any_text_is_a_toml_string(text):
+    assert tomllib.loads(f"{quoted(text)} = {quoted(text)}") == {text.encode("utf-8", "replace").decode(): text}
+
+
+def test_the_file_has_the_documented_keys():
+    current = synthetic.full_run()
+    values = tomllib.loads(to_toml("example-gpu-x1", "Example GPU X1", "r1", current[0], decide(current)))
+    assert values.pop("not_enabled").keys() == {
+        record.arm for record in current if record.role == "optimization"
+    } - {"silu_mul", "static_lora"}  # fmt: skip
+    assert values == {
+        "schema": 1, "device_slug": "example-gpu-x1", "device": "Example GPU X1", "model": "qwen3.5-tiny", "method": "lora",
+        "dtype": "bfloat16", "run_id": "r1", "enable": ["silu_mul", "static_lora"],
+    }  # fmt: skip
+
+
+def test_the_summary_is_one_line_of_strict_json():
+    broken = dataclasses.replace(synthetic.record("broken"), perf=synthetic.perf(math.nan, mfu=math.inf))
+    text = summary_json([*synthetic.full_run(), broken])
+    assert "\n" not in text
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert document["shipping"] == ["silu_mul", "static_lora"] and document["report"] == "reports/example-gpu-x1/README.md"
+    assert document["run_id"] == "20260102-030405-ab12" and document["model"] == "qwen3.5-tiny"
+    arms = {arm["arm"]: arm for arm in document["arms"]}
+    assert len(arms) == 14 and {arm["level"] for arm in arms.values()} == {level.value for level in Level}
+    assert arms["silu_mul"]["ratio_low"] == 1.04 and arms["silu_mul"]["untimed"] is None
+    assert arms["gated_only"]["ratio"] is None and arms["gated_only"]["untimed"] == "Triton's interpreter is not timed"
+    assert arms["broken"]["ratio"] is None and arms["broken"]["mfu"] is None
+
+
+def test_the_summary_is_of_the_newest_run():
+    old = synthetic.record("old", run_id="old", finished_at="2026-01-02T03:04:04Z")
+    assert [arm["arm"] for arm in json.loads(summary_json([synthetic.record(), old]))["arms"]] == ["silu_mul"]
+    with pytest.raises(ValueError, match="at least one record"):
+        summary_json([])
