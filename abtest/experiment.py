@@ -52,6 +52,7 @@ class Experiment:
         self.config, self.settings = config, settings
         self.folder, self.environment, self.on_progress = folder, environment, on_progress
         self.reference_arm = self._arm(ArmSpec("stock", config))
+        self.repeat_arm: Arm | None = None
         self.trained = str(folder / "trained.safetensors")
 
     def __enter__(self) -> Experiment:
@@ -59,6 +60,13 @@ class Experiment:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.reference_arm.__exit__(kind, error, trace)
+        if self.repeat_arm is not None:
+            self.repeat_arm.__exit__(kind, error, trace)
+
+    def end_repeat(self) -> None:
+        """Ends the reference's second process once it has been timed."""
+        self.repeat_arm.__exit__(None, None, None)
+        self.repeat_arm = None
 
     def _arm(self, spec: ArmSpec) -> Arm:
         return Arm(spec, self.folder, self.environment)
@@ -82,8 +90,10 @@ class Experiment:
         gradients[STATES[1]] = self._gradients(self.reference_arm, STATES[1])
         self.reference = Evidence(build, run, gradients)
         self.replicas, self.sigma = [], gate.noise_floor(run["loss"], [])
-        with self._arm(ArmSpec("stock again", self.config)) as arm:
-            self.repeat = Evidence(arm.build(), self._free_run(arm))
+        self.repeat_arm = self._arm(ArmSpec("stock again", self.config))
+        self.repeat = Evidence(self.repeat_arm.build(), self._free_run(self.repeat_arm))
+        with self._arm(ArmSpec("kicked stock", self.config)) as arm:
+            arm.build()
             for seed in range(self.settings.replicas):
                 self.replicas.append(self._free_run(arm, phase=f"noise floor {seed + 1}", kick_seed=seed)["loss"])
         self.sigma = gate.noise_floor(run["loss"], self.replicas)

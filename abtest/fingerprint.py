@@ -63,8 +63,9 @@ def rng_fingerprint(device: torch.device) -> str:
 
 
 def seams(run: Run) -> str:
-    """What an optimization may change, without values: module classes, recomputation, the other three seams."""
+    """What an optimization may change, without values: module classes, attention, recomputation, the other three seams."""
     lines = [f"{type(run.optimizer).__qualname__} {_function(run.loss_head)} {_function(run.micro_step)}"]
+    lines.append(run.model.config._attn_implementation)
     for name, module in run.model.named_modules():
         lines.append(f"{name} {type(module).__module__}.{type(module).__qualname__} {_recomputes(module)}")
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()

@@ -50,9 +50,11 @@ def noise_floor(reference: Sequence[float], replicas: Sequence[Sequence[float]])
 
 def same_bits(one: Evidence, other: Evidence) -> str | None:
     """None if every step of both arms has the same bits, else the first thing that differs."""
-    for key in ("loss", "gradients", "state", "rng"):
-        for step, (a, b) in enumerate(zip(one.free_run[key], other.free_run[key], strict=True)):
-            if a != b:  # NaN differs from itself, and so never passes
+    if len(one.losses) != len(other.losses):
+        return "the number of steps"
+    for step in range(len(one.losses)):
+        for key in ("loss", "gradients", "state", "rng"):
+            if one.free_run[key][step] != other.free_run[key][step]:  # NaN differs from itself, and so never passes
                 return f"{key} of step {step}"
     for state in one.gradients.keys() & other.gradients.keys():
         for batch, (a, b) in enumerate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -63,15 +64,15 @@ def unpacked(batch: PackedBatch) -> Iterator[PackedBatch]:
     """
     by_length: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     starts = [0, *torch.tensor(batch.lengths).cumsum(0).tolist()]
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         ids, labels = batch.input_ids.flatten()[start:end], batch.labels.flatten()[start:end]
         if bool((labels != IGNORE).any()):
             padded = -(-(end - start) // CHUNK) * CHUNK
             by_length.setdefault(padded, []).append((ids, labels))
-    for length, group in sorted(by_length.items()):
-        ids = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _ in group])
-        labels = torch.stack([F.pad(labels, (0, length - len(labels)), value=IGNORE) for _, labels in group])
-        positions = torch.arange(length, device=ids.device).expand(len(group), -1)
+    for length, rows in sorted(by_length.items()):
+        ids = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _ in rows])
+        labels = torch.stack([F.pad(labels, (0, length - len(labels)), value=IGNORE) for _, labels in rows])
+        positions = torch.arange(length, device=ids.device).expand(len(rows), -1)
         cu_seqlens = torch.arange(0, ids.numel() + 1, length, dtype=torch.int32, device=ids.device)
         yield PackedBatch(ids, labels, positions, cu_seqlens, ids.numel(), int((labels != IGNORE).sum()))
 

@@ -20,7 +20,8 @@ SCHEMA = 1
 TEXT_FIELDS = ("run_id", "arm", "role", "summary", "exactness", "why_exact", "command", "finished_at")
 MAPPINGS = ("environment", "recipe", "data")
 JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
-Role = Literal["reference", "optimization", "combination", "peer"]
+# "repeat" is the reference again, in a process of its own: how far from 1 the ratio of equal arms comes out here
+Role = Literal["reference", "repeat", "optimization", "combination", "peer"]
 
 
 @dataclass(frozen=True)

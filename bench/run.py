@@ -75,10 +75,19 @@ class Bench:
             "transformers' own layers in pure PyTorch with PEFT's adapters, documents kept apart", "it is the reference",
         )  # fmt: skip
         verdict = self.experiment.repeat_verdict()
-        perf = None
+        perf, again = None, None
         if verdict.level.lossless:
-            perf = time_alone(self.experiment.reference_arm, self.command.timing, self.matmul_rate, self.progress)
-        self.keep(plan, verdict, evidence.losses, perf, paths=evidence.build["paths"])
+            stock, repeat = self.experiment.reference_arm, self.experiment.repeat_arm
+            perf = time_alone(stock, self.command.timing, self.matmul_rate, self.progress)
+            again = time_arms(stock, repeat, self.command.timing, self.matmul_rate, self.progress)
+        self.experiment.end_repeat()
+        paths = evidence.build["paths"]
+        self.keep(plan, verdict, evidence.losses, perf, paths=paths)
+        repeated = dataclasses.replace(
+            plan, name="stock_again", role="repeat", summary="stock in a second process: does it repeat itself, and how far "
+            "from 1 does the speed ratio of equal arms come out",
+        )  # fmt: skip
+        self.keep(repeated, verdict, self.experiment.repeat.losses, again, paths=paths)
 
     def arm(self, plan: ArmPlan) -> None:
         """Gates one arm, times it if it passed and may be timed, and keeps its record."""
@@ -125,7 +134,7 @@ def arm_units(command: Command) -> int:
 def planned_units(command: Command, arms: int) -> int:
     """Units of work for the progress bar: a unit is a step of training, a probe batch or a block of timing."""
     gate = command.gate
-    reference = 4 * gate.probes + (2 + gate.replicas) * gate.steps + command.timing.blocks
+    reference = 4 * gate.probes + (2 + gate.replicas) * gate.steps + 2 * command.timing.blocks
     return reference + (arms + command.combine) * arm_units(command)
 
 

@@ -1,12 +1,15 @@
 """Attention that repeats itself.
 
-PyTorch's fused attention adds up dQ (or dK and dV) with atomics on CUDA, in an order that changes from run to run; a
-reference that does not repeat itself bitwise can prove nothing. The kernels have a deterministic form, taken while
-`torch.use_deterministic_algorithms` is strict. Strict everywhere would refuse `cumsum`, which the delta rule needs and
-which does repeat itself; so it is strict during attention's backward alone.
+On CUDA PyTorch's fused attention adds up dQ (or dK and dV) with atomics, in an order that changes from run to run; a
+reference that does not repeat itself bitwise can prove nothing. While `torch.use_deterministic_algorithms` is strict,
+SDPA picks a kernel with a deterministic form and its backward takes it. Strict everywhere would refuse `cumsum`, which
+the delta rule needs and which does repeat itself; so it is strict during attention alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -19,35 +22,50 @@ def use_repeatable_attention(model: nn.Module) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
 
 
-def _attend(module: nn.Module, query: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA attention; where it is fused on CUDA, its backward is made to repeat itself."""
+def attend(module: nn.Module, query: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA attention, query [B, heads, L, D] -> ([B, L, heads, D], None), repeatable on CUDA."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    out, weights = sdpa_attention_forward(module, query, *arguments, **options)
+    if not query.is_cuda:
+        return sdpa_attention_forward(module, query, *arguments, **options)
+    with _strict():
+        out, weights = sdpa_attention_forward(module, query, *arguments, **options)
     node = out.grad_fn
-    while node is not None and query.is_cuda:
-        if "Attention" in node.name():
-            _strict_backward(node)
-            break
+    while node is not None and "Attention" not in node.name():
         node = node.next_functions[0][0] if node.next_functions else None
+    if node is not None:
+        _strict_backward(node)
     return out, weights
 
 
 def _strict_backward(node: torch.autograd.graph.Node) -> None:
-    before: list[tuple[bool, bool]] = []
+    """The context manager `_strict` around one node of the backward pass."""
+    entered: list = []
 
     def enter(gradients):
-        before.append((torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
-        torch.use_deterministic_algorithms(True)
+        entered.append(_strict())
+        entered[-1].__enter__()
 
     def leave(inputs, outputs):
-        enabled, warn_only = before.pop()
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        entered.pop().__exit__(None, None, None)
 
     node.register_prehook(enter)
     node.register_hook(leave)
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a safety net that costs a launch an allocation
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill

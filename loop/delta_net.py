@@ -17,7 +17,6 @@ from torch import nn
 
 from loop.batch import PackedBatch
 
-
 CHUNK = 64  # of transformers' delta rule, which pads every sequence to a multiple of it
 
 

@@ -8,7 +8,7 @@ from abtest.verdict import Check, Level
 from bench.records import Record
 from bench.report.devices import Device
 from bench.report.pages import why_untimed
-from bench.report.shipping import Shipping
+from bench.report.shipping import BASELINES, Shipping
 from bench.report.text import (
     MARK,
     NOTHING,
@@ -33,7 +33,7 @@ LEGEND = """\
 - **ROUNDING**: the same function in another order of operations; inside the noise floor of the reference itself.
 - **APPROX**, **FAILED**, **INVALID**, **NOT_RUN**: not lossless, or not shown to be. Such an arm is never timed.
 - The speed ratio is the reference's time over the arm's, timed in turn; in brackets its 95 % interval.
-- An optimization ships if it is lossless and the whole interval is above 1."""
+- An optimization ships if it is lossless and the whole interval is above 1 and above the reference's ratio to itself."""
 
 
 def device_page(device: Device, shipping: Shipping, plotted: bool) -> str:
@@ -173,13 +173,13 @@ def _others(device: Device) -> str:
             link(record.arm),
             record.role,
             record.verdict.level.value,
-            ratio(record.perf) if record.perf and record.role == "peer" else NOTHING,
+            ratio(record.perf) if record.perf and record.role != "reference" else NOTHING,
             per_second(record.perf.real_tokens_per_s) if record.perf else NOTHING,
             memory(record.perf.peak_memory_bytes) if record.perf else NOTHING,
             prose(record.summary if record.verdict.level.lossless else f"{record.summary}: {record.verdict.reason}"),
         )
         for record in device.current
-        if record.role in ("reference", "peer")
+        if record.role in ("reference", "repeat", "peer")
     ]
     return table(header, rows, numeric=(3, 4, 5)) if rows else "This run recorded no reference and no peer."
 
@@ -213,7 +213,7 @@ def _throughput(device: Device) -> str:
 
 
 def _counts(device: Device) -> str:
-    gated = [record for record in device.current if record.role != "reference"]
+    gated = [record for record in device.current if record.role not in BASELINES]
     levels = [f"{count} {level.value}" for level in ORDER if (count := sum(r.verdict.level is level for r in gated))]
     timed = sum(record.perf is not None for record in gated)
     return f"{len(gated)} arms beside the reference: {', '.join(levels) or 'none'}; {timed} timed."

@@ -31,7 +31,8 @@ DIGEST = "isoloss records"  # the PNG text entry that marks our files
 PIXEL_TOLERANCE = 24  # of 255: what another rounding in antialiasing may change
 HUGE = 1e30  # beyond this a loss is drawn as non-finite
 REFERENCE, CANDIDATE, ALARM, BAND = "#a6c8ea", "#0b2a4a", "#c0392b", "#dfeee0"
-COLORS = {"ships": "#2e7d4f", "optimization": "#7a93ac", "combination": "#4a6785", "peer": "#c9a66b"}
+COLORS = {"ships": "#2e7d4f", "optimization": "#7a93ac", "combination": "#4a6785", "peer": "#c9a66b", "repeat": "#c9ced6"}
+NOTES = {"peer": "  (peer)", "repeat": "  (the reference against itself)"}
 STYLE = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
@@ -100,7 +101,7 @@ def _draw_bars(axes: Axes, timed: Sequence[Record], shipped: Record | None) -> N
     )  # fmt: skip
     end = max(1.0, *high, *ratios)
     for row, (record, edge) in enumerate(zip(timed, np.maximum(high, ratios), strict=True)):
-        note = "  ships" if record is shipped else "  (peer)" if record.role == "peer" else ""
+        note = "  ships" if record is shipped else NOTES.get(record.role, "")
         bold = "bold" if record is shipped else "normal"
         beside = max(edge, 1.0) + 0.015 * end  # right of the line at 1, too
         axes.text(beside, row, text.ratio(record.perf) + note, va="center", fontsize=9, weight=bold)

@@ -11,7 +11,8 @@ The file is TOML. Top-level keys:
     [not_enabled]          every other optimization of that run = why not, in words
 
 `enable` is what was gated and timed *together*: the fastest lossless combination whose gain is real, or the fastest single
-optimization. A gain is real when the whole 95 % interval of the speed ratio lies above 1.
+optimization. A gain is real when the whole 95 % interval of the speed ratio lies above 1, and above what the reference
+timed against itself reaches in the same run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bench.records import Record
 from bench.report import text
 
 SCHEMA = 1
+BASELINES = ("reference", "repeat")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def decide(current: Sequence[Record]) -> Shipping:
     """The decision for one run. `current` holds one record an arm, all of the same run and device."""
     basis = _basis(current)
     enable = () if basis is None else basis.optimizations
-    reasons = {record.arm: _reason(record, basis, current) for record in current if record.role != "reference"}
+    reasons = {record.arm: _reason(record, basis, current) for record in current if record.role not in BASELINES}
     not_enabled = {}
     for record in current:
         if record.role == "optimization":
@@ -71,7 +73,7 @@ def _basis(current: Sequence[Record]) -> Record | None:
 
 def _bad_reference(current: Sequence[Record]) -> str | None:
     for record in current:
-        if record.role == "reference" and not record.verdict.level.lossless:
+        if record.role in BASELINES and not record.verdict.level.lossless:
             return f"the reference itself is {record.verdict.level.value}: {record.verdict.reason}"
     return None
 
@@ -88,10 +90,21 @@ def _obstacle(record: Record, current: Sequence[Record]) -> str | None:
                 return f"{level.value}, but {other.arm} alone is {other.verdict.level.value}"
     if record.perf is None:
         return f"not timed here: {record.untimed or 'the record gives no reason'}"
-    if not record.perf.ratio_low > 1.0:  # a ratio that is not a number ends here too
+    floor = timing_floor(current)
+    if not record.perf.ratio_low > floor:  # a ratio that is not a number ends here too
         worse = "slower" if record.perf.ratio_high < 1.0 else "no measurable gain"
-        return f"lossless but {worse}: ratio {text.ratio(record.perf)}"
+        beside = f"; the reference against itself reaches {floor:.3f}" if floor > 1.0 else ""
+        return f"lossless but {worse}: ratio {text.ratio(record.perf)}{beside}"
     return None
+
+
+def timing_floor(current: Sequence[Record]) -> float:
+    """What a ratio's lower end must exceed: 1, or how far from 1 equal arms came out in this run, whichever is more."""
+    floor = 1.0
+    for record in current:
+        if record.role == "repeat" and record.perf is not None:
+            floor = max(floor, record.perf.ratio, 1.0 / record.perf.ratio)
+    return floor
 
 
 def _reason(record: Record, basis: Record | None, current: Sequence[Record]) -> str:

@@ -1,0 +1,25 @@
+"""Selects document-wise attention in the model's configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loop.attention import NAME as REPEATABLE
+
+if TYPE_CHECKING:
+    from loop.run import Run
+
+
+def eligible(run: Run) -> str | None:
+    if run.model.config._attn_implementation != REPEATABLE:
+        return f"attention is {run.model.config._attn_implementation}; only the loop's own reference is replaced"
+    return None
+
+
+def apply(run: Run) -> None:
+    from transformers import AttentionInterface
+
+    from kernels.packed_attention.kernel import NAME, attend_within_documents
+
+    AttentionInterface.register(NAME, attend_within_documents)  # no mask function: transformers then builds no mask
+    run.model.set_attn_implementation(NAME)
