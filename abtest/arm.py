@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -53,7 +54,8 @@ class Arm:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # the process may have ended with a command still in the pipe
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=5 if kind is None else 0.1)
         except subprocess.TimeoutExpired:

@@ -12,13 +12,16 @@ from loop.run import Run
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 24  # elements turned into int64 at a time
+_STRIDE = -7046029254386353131  # 2**64 over the golden ratio, odd, as a signed integer: keeps positions apart
+_MIX = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))  # SplitMix64's shifts and factors
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor | None]) -> str:
     """A hex digest of names, dtypes, shapes and bits; None counts as a value of its own.
 
-    Each tensor gives two sums of its bits as integers, modulo 2**64, one of them weighted by position, taken on its
-    device: a changed bit, a swap and a shift all show. One device synchronisation for all tensors.
+    Each tensor gives two sums modulo 2**64, taken on its device: of its bits as integers, and of a hash of bits and
+    position. Weights instead of a hash would not do: (a, -b, -c, d) and its negation have the same weighted sums. One
+    device synchronisation for all tensors.
     """
     sums, digest = [], hashlib.blake2b(digest_size=16)
     for name, tensor in tensors.items():
@@ -36,13 +39,20 @@ def fingerprint(tensors: Mapping[str, torch.Tensor | None]) -> str:
 def _sums(tensor: torch.Tensor) -> torch.Tensor:
     bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
     plain = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    weighted = torch.zeros_like(plain)
+    hashed = torch.zeros_like(plain)
     for start in range(0, bits.numel(), _CHUNK):
         part = bits[start : start + _CHUNK].long()
-        weights = torch.arange(start, start + part.numel(), device=tensor.device) * 2_654_435_761 + 1
         plain += part.sum()
-        weighted += (part * weights).sum()
-    return torch.stack([plain, weighted])
+        hashed += _mix(torch.arange(start, start + part.numel(), device=tensor.device) * _STRIDE + part).sum()
+    return torch.stack([plain, hashed])
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014), in place on int64: every bit depends on every bit."""
+    for shift, factor in _MIX:
+        x ^= (x >> shift) & ((1 << (64 - shift)) - 1)  # torch shifts in the sign; the mask takes it out again
+        x *= factor
+    return x
 
 
 def batch_fingerprint(batches: Iterable[PackedBatch]) -> str:

@@ -66,6 +66,7 @@ class Comparison:
 
     rho: error ratio of the worst parameter; geomean over parameters; row: error ratio of the worst row;
     alpha: largest significant difference of the projection on the oracle; reference_error: median relative error.
+    share: of the parameters, how many have an oracle gradient that is not zero; the others can show nothing.
     """
 
     rho: float
@@ -76,6 +77,7 @@ class Comparison:
     alpha: float
     alpha_name: str
     reference_error: float
+    share: float
 
 
 def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]) -> Comparison:
@@ -86,8 +88,10 @@ def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]
         groups.setdefault(key, []).append(name)
     ratios, errors = {}, []
     for key, names in groups.items():
-        if not any(sum(reference.norm[n]) for n in names) and not any(sum(candidate.error[n]) for n in names):
-            continue  # a gradient that is exactly zero on both sides, such as A's while B is zero
+        if not any(sum(reference.norm[n]) for n in names):
+            if any(sum(candidate.error[n]) for n in names) and not any(sum(reference.error[n]) for n in names):
+                ratios[key] = math.inf  # a gradient where the truth and the reference have none
+            continue  # exactly zero, such as A's while B is zero
         e_reference, e_candidate = _error(reference, names), _error(candidate, names)
         errors.append(e_reference)
         ratios[key] = _ratio(e_candidate, e_reference)
@@ -103,6 +107,7 @@ def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]
         alpha=alphas.get(alpha_name, 0.0),
         alpha_name=alpha_name,
         reference_error=sorted(errors)[len(errors) // 2] if errors else 0.0,
+        share=len(ratios) / max(len(groups), 1),
     )
 
 
@@ -111,13 +116,13 @@ def _worst(values: Mapping[str, float]) -> str:
 
 
 def _error(side: Distances, names: list[str]) -> float:
-    """e_p: relative error, pooled over probe batches; batches in which the oracle's gradient is zero are left out."""
+    """e_p: relative error, pooled over probe batches; any error where the oracle's gradient is zero is infinite."""
     batches = len(side.error[names[0]])
     total = 0.0
     for batch in range(batches):
-        norm = sum(side.norm[name][batch] for name in names)
-        if norm > 0:
-            total += sum(side.error[name][batch] for name in names) / norm
+        norm, error = (sum(part[name][batch] for name in names) for part in (side.norm, side.error))
+        if error != 0:
+            total += error / norm if norm > 0 else math.inf
     return math.sqrt(total)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,13 +23,23 @@ def input_names(function: Callable[..., Any], inputs: Sequence[Any]) -> list[str
     return names if len(names) == len(inputs) else [f"input {index}" for index in range(len(inputs))]
 
 
+def tensors_in(name: str, item: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that one input holds: itself, a module's parameters and buffers, or the fields of a dataclass."""
+    if isinstance(item, Tensor):
+        yield name, item
+    elif isinstance(item, nn.Module):
+        held = (*item.named_parameters(), *item.named_buffers())
+        yield from ((f"{name}.{key}", value) for key, value in held)
+    elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+        for field in dataclasses.fields(item):
+            yield from tensors_in(f"{name}.{field.name}", getattr(item, field.name))
+
+
 def leaves(names: Sequence[str], inputs: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor whose gradient is compared: floating-point inputs and module parameters that require one."""
     for name, item in zip(names, inputs, strict=True):
-        if isinstance(item, nn.Module):
-            yield from ((f"{name}.{key}", value) for key, value in item.named_parameters() if value.requires_grad)
-        elif isinstance(item, Tensor) and item.is_floating_point() and item.requires_grad:
-            yield name, item
+        held = tensors_in(name, item)
+        yield from ((key, value) for key, value in held if value.is_floating_point() and value.requires_grad)
 
 
 def named_outputs(outputs: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from loop.batch import IGNORE, PackedBatch
 from loop.delta_net import CHUNK
-from loop.model import plain_micro_step, trainable
+from loop.model import plain_micro_step
 from loop.run import Run
 
 EXACT_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -78,11 +78,16 @@ def unpacked(batch: PackedBatch) -> Iterator[PackedBatch]:
 
 
 def exact_gradients(run: Run, batch: PackedBatch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gradients of one micro-batch by canonical name, from unpacked documents; `run` went through `make_exact`."""
-    parameters = trainable(run.model)
-    for parameter in parameters.values():
-        parameter.grad = None
+    """Gradients of one micro-batch by canonical name, from unpacked documents; `run` went through `make_exact`.
+
+    Raises RuntimeError when a trained parameter gets none: a comparison with nothing would pass everything.
+    """
+    run.optimizer.zero_grad()
     with exact_arithmetic(dtype):
         for rows in unpacked(batch):
             plain_micro_step(run, rows.to(run.device), batch.supervised_tokens)
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+    gradients = run.optimizer.gradients()
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    if missing:
+        raise RuntimeError(f"the oracle has no gradient for {len(missing)} parameters, first {missing[0]}")
+    return gradients

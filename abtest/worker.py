@@ -22,6 +22,7 @@ from abtest.gradients import Distances
 from abtest.oracle import exact_gradients, make_exact
 from abtest.perturb import kick
 from abtest.probes import probe_batches
+from loop import attention
 from loop.config import Config
 from loop.errors import UserError
 from loop.model import implementation_paths, trainable
@@ -131,7 +132,13 @@ class Worker:
         }  # fmt: skip
 
     def prepare_timing(self, micro_batches: int, warmup: int) -> dict:
-        """Puts the micro-batches on the device and warms up; peak memory counts from here."""
+        """Puts the micro-batches on the device and warms up; peak memory counts from here.
+
+        An arm with the reference's attention is timed with transformers' plain SDPA, because that is what a user gets; on
+        Hopper its repeatable form is twice as slow as a whole stock micro-step. An arm with its own attention keeps it.
+        """
+        if self.run.model.config._attn_implementation == attention.NAME:
+            self.run.model.set_attn_implementation(attention.PLAIN)
         self.batches = [batch.to(self.run.device) for step in range(micro_batches) for batch in self._step_batches(step)[:1]]
         for _ in range(warmup):
             self._block()

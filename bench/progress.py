@@ -39,11 +39,8 @@ class BenchProgress:
         """One more unit of work is done: step `done` of `total` of `phase` in `arm`."""
         self.done += 1
         if not self.live and (arm, phase) != self.phase:
-            print(
-                f"[{100 * self.done // max(self.planned, 1):3d} %] {arm}: {phase} ({total} steps)",
-                file=sys.stderr,
-                flush=True,
-            )
+            share, seconds = 100 * self.done // max(self.planned, 1), time.monotonic() - self.began
+            print(f"[{share:3d} %, {seconds:4.0f} s] {arm}: {phase} ({total} steps)", file=sys.stderr, flush=True)
         self.phase = (arm, phase)
         self.progress.update(self.task, completed=self.done, arm=arm, phase=f"{phase}, step {done}/{total}")
 

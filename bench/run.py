@@ -15,17 +15,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from abtest.arm import ArmFailed, ArmSpec
 from abtest.experiment import Candidate, Experiment, GateConfig
 from abtest.verdict import Level, Verdict
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.clock import TimingConfig, time_alone, time_arms
+from bench.environment import describe
+from bench.micro import run_micro
 from bench.plan import ArmPlan, combination, plan_arms
 from bench.progress import BenchProgress
 from bench.records import Record, append, read
+from bench.report import render, summary_json
+from kernels import registry
 from kernels.contract import Exactness
 from loop.cli import guarded, parse
 from loop.config import Config
 from loop.errors import UserError
+from loop.model import resolve_device
+from loop.recipe import load_recipe, to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +45,7 @@ class Command(Config):
 
     arms: tuple[str, ...] = ("all",)  # optimizations and peers by name, or "all"
     combine: bool = True  # one more arm with everything on that passed and may be timed
+    micro: bool = True  # every lossless optimization's op on its own, too
     gate: GateConfig = field(default_factory=GateConfig)
     timing: TimingConfig = field(default_factory=TimingConfig)
     reports: Path = ROOT / "reports"
@@ -44,9 +54,11 @@ class Command(Config):
 class Bench:
     """One run: the experiment, what is the same in all its records, and the records so far."""
 
-    def __init__(self, command: Command, progress: BenchProgress, experiment: Experiment, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, command: Command, progress: BenchProgress, experiment: Experiment, ceilings: Ceilings, facts: dict[str, Any]
+    ) -> None:
         self.command, self.progress, self.experiment, self.facts = command, progress, experiment, facts
-        self.matmul_rate = facts["environment"]["matmul_flops_per_s"]
+        self.ceilings, self.matmul_rate = ceilings, ceilings.matmul_flops_per_s
         self.path = command.reports / "data" / facts["environment"]["device_slug"] / "records.jsonl"
         self.records: list[Record] = []
 
@@ -66,7 +78,14 @@ class Bench:
         self.progress.say(f"{plan.name}: {verdict.level.value}{speed}: {verdict.reason}")
 
     def reference(self) -> None:
-        """The stock arm: everything it is the reference for, its repeat, its speed."""
+        """The stock arm: everything it is the reference for, its repeat, its speed. Raises UserError if it can't run."""
+        try:
+            self._reference()
+        except ArmFailed as error:
+            self.progress.say(error.output)
+            raise UserError(f"without its reference nothing can be compared: {error}") from error
+
+    def _reference(self) -> None:
         self.experiment.prepare()
         evidence = self.experiment.reference
         self.facts["data"] = evidence.build["data"]
@@ -112,12 +131,25 @@ class Bench:
             untimed = plan.untimed
             if untimed is None:
                 stock = self.experiment.reference_arm
-                perf = time_arms(stock, candidate.arm, self.command.timing, self.matmul_rate, self.progress)
+                try:
+                    perf = time_arms(stock, candidate.arm, self.command.timing, self.matmul_rate, self.progress)
+                except ArmFailed as error:  # the gate's verdict stands
+                    self.progress.say(error.output)
+                    untimed = f"timing broke off: {error}"
         evidence = candidate.evidence
         self.keep(
             plan, candidate.verdict, evidence.losses if evidence else (), perf, untimed,
             paths=evidence.build["paths"] if evidence else None,
+            micro=self._micro(plan) if candidate.verdict.level.lossless else None,
         )  # fmt: skip
+
+    def _micro(self, plan: ArmPlan) -> dict[str, Any] | None:
+        """The microbenchmark of an optimization that has an op, timed only if the op passes its own check."""
+        optimization = registry.discover().get(plan.name)
+        if not self.command.micro or optimization is None or optimization.op is None:
+            return None
+        device, _ = resolve_device(self.command)
+        return run_micro(optimization, device, ceilings=self.ceilings)
 
     def _skip_rest(self, done: int) -> None:
         self.progress.skip(arm_units(self.command) - done)
@@ -141,25 +173,20 @@ def planned_units(command: Command, arms: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = parse(_default(arguments), "python -m bench.run", "Gates and times every optimization.", arguments)
-    from bench.environment import describe
-    from bench.report import render, summary_json
-    from loop.model import resolve_device
-
     device, dtype = resolve_device(command)
     _check(command)
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, here and in the arms
     arms = plan_arms(command.arms, _config(command), device)
-    facts = _facts(command, device, describe(device), str(dtype).removeprefix("torch."))
-    records = command.reports / "data" / facts["environment"]["device_slug"] / "records.jsonl"
-    if records.exists():
-        read(records)  # a damaged line is the user's to mend now, not after the measurements
+    ceilings = measure_ceilings(device)
+    facts = _facts(command, describe(device), ceilings, str(dtype).removeprefix("torch."))
+    _check_records(command.reports, facts["environment"]["device_slug"])
     with (
         tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
         BenchProgress(planned_units(command, len(arms))) as progress,
         Experiment(_config(command), command.gate, Path(scratch), dict(os.environ), progress) as experiment,
     ):
-        bench = Bench(command, progress, experiment, facts)
+        bench = Bench(command, progress, experiment, ceilings, facts)
         bench.reference()
         for plan in arms:
             bench.arm(plan)
@@ -173,17 +200,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _default(arguments: list[str]) -> Command:
     """The recipe for the device: the 2B shape where there is a GPU, the small model elsewhere."""
-    import torch
-
-    from loop.recipe import load_recipe
-
     wants_cpu = any(a == "--device=cpu" or arguments[i : i + 2] == ["--device", "cpu"] for i, a in enumerate(arguments))
     name = "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"
     return load_recipe(Path(__file__).parent / "recipes" / f"{name}.toml", Command())
 
 
 def _config(command: Command) -> Config:
-    return Config(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Config)})
+    """The arms' configuration: as many steps as the gate runs, and attention that repeats itself while it does."""
+    config = Config(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Config)})
+    return dataclasses.replace(config, steps=command.gate.steps, repeatable_attention=True)
 
 
 def _check(command: Command) -> None:
@@ -200,18 +225,27 @@ def _check(command: Command) -> None:
             raise UserError(f"{name} is {value}; it must be at least {least}")
 
 
-def _facts(command: Command, device, environment: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """What all records of this run share."""
-    from bench.ceilings import measure_ceilings
-    from loop.recipe import to_plain
+def _check_records(reports: Path, device_slug: str) -> None:
+    """What is the user's to mend is to mend now, not after the measurements: a damaged line, a path that can't be."""
+    records = reports / "data" / device_slug / "records.jsonl"
+    try:
+        records.parent.mkdir(parents=True, exist_ok=True)
+        if records.exists():
+            read(records)
+    except OSError as error:
+        raise UserError(
+            f"--reports {reports}: {error.filename}: {error.strerror}; a folder to write to is expected"
+        ) from error
 
-    ceilings = measure_ceilings(device)
+
+def _facts(command: Command, environment: dict[str, Any], ceilings: Ceilings, dtype: str) -> dict[str, Any]:
+    """What all records of this run share."""
     environment |= {
         "matmul_flops_per_s": ceilings.matmul_flops_per_s,
         "matmul_dtype": ceilings.matmul_dtype,
         "copy_bytes_per_s": ceilings.copy_bytes_per_s,
     }
-    recipe = to_plain(command) | {"dtype": dtype}
+    recipe = to_plain(command) | {"dtype": dtype, "steps": command.gate.steps}
     for machine_path in ("reports", "output"):
         recipe.pop(machine_path, None)
     sha = (environment["git_sha"] or "nogit")[:7]

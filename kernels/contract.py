@@ -31,12 +31,14 @@ class Needs:
 
     cuda: needs a CUDA device. triton: has Triton kernels; on a box without a GPU they run in Triton's interpreter and
     are gated but not timed. capability: lowest and highest CUDA compute capability, inclusive. packages: import names.
+    known_wrong(device): None, or in words which installed version is known to compute something wrong on this CUDA device.
     """
 
     cuda: bool = False
     triton: bool = False
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None
     packages: tuple[str, ...] = ()
+    known_wrong: Callable[[torch.device], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class Workload:
 class Op:
     """The two sides of an optimization as functions of the same inputs.
 
-    `inputs(workload, device, seed)` returns a tuple of tensors and nn.Modules. `reference(*inputs)` and
-    `candidate(*inputs)` return a tensor or a tuple of tensors. Gradients are compared for every floating-point tensor in
-    `inputs` that requires one and for every trainable parameter of a module in it.
+    `inputs(workload, device, seed)` returns a tuple of tensors, nn.Modules, dataclasses (a batch, a pack) and plain values.
+    `reference(*inputs)` and `candidate(*inputs)` return a tensor or a tuple of tensors. Gradients are compared for every
+    floating-point tensor in `inputs` that requires one, a dataclass's fields included, and for every trainable parameter of
+    a module in it.
     `bytes_moved(workload)` and `flops(workload)` are the least that forward plus backward must move and compute.
     """
 

@@ -65,6 +65,8 @@ def unmet(needs: Needs, device: torch.device) -> str | None:
         have = torch.cuda.get_device_capability(device)
         if not low <= have <= high:
             return f"needs compute capability {low[0]}.{low[1]} to {high[0]}.{high[1]}; this device has {have[0]}.{have[1]}"
+    if needs.known_wrong is not None and device.type == "cuda":
+        return needs.known_wrong(device)
     return None
 
 

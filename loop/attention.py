@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 NAME = "repeatable_sdpa"
+PLAIN = "sdpa"  # transformers' own
+REFERENCES = (PLAIN, NAME)
 
 
 def use_repeatable_attention(model: nn.Module) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loop.config import Config
+from loop.data import load_tokenizer
 from loop.errors import UserError
 from loop.files import write_safetensors
 from loop.lora import save_adapters
+from loop.model import checkpoint_folder
 from loop.run import Run
 
 STATE_FILE = "training_state.safetensors"
@@ -47,8 +51,13 @@ def save_state(run: Run, next_step: int, data_hash: str) -> None:
 
 
 def save_weights(run: Run) -> None:
-    """Full fine-tuning's result: a transformers checkpoint in the compute dtype."""
-    run.model.save_pretrained(run.config.output)
+    """Full fine-tuning's result: a transformers checkpoint in the compute dtype, with its tokenizer; each file whole."""
+    config = run.config
+    with tempfile.TemporaryDirectory(prefix=".weights.", dir=config.output) as folder:
+        run.model.save_pretrained(folder)
+        load_tokenizer(checkpoint_folder(config.model), config.data).save_pretrained(folder)
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, config.output / file.name)
 
 
 def load_state(run: Run, data_hash: str) -> int:
@@ -61,20 +70,30 @@ def load_state(run: Run, data_hash: str) -> int:
         raise UserError(f"--resume: {path} is not there; nothing to resume")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"--resume: {path} is damaged: {error}") from error
-    _same_run(path, json.loads(metadata["config"]), flatten(run.config))
-    if metadata["data_hash"] != data_hash:
-        raise UserError(
-            f"--resume: {path} was trained on other data (hash {metadata['data_hash'][:12]}, now {data_hash[:12]})"
-        )
+        next_step, trained_on, saved = int(metadata["next_step"]), metadata["data_hash"], json.loads(metadata["config"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"--resume: {path} is damaged: {why}") from error
+    _same_run(path, saved, flatten(run.config))
+    if trained_on != data_hash:
+        raise UserError(f"--resume: {path} was trained on other data (hash {trained_on[:12]}, now {data_hash[:12]})")
+    _fits(path, state, run)
     torch.set_rng_state(state.pop("rng.cpu"))
     if "rng.cuda" in state and run.device.type == "cuda":
         torch.cuda.set_rng_state(state["rng.cuda"], run.device)
     run.optimizer.load_state(state)
-    return int(metadata["next_step"])
+    return next_step
+
+
+def _fits(path: Path, state: dict[str, torch.Tensor], run: Run) -> None:
+    expected = {f"master.{name}": list(master.shape) for name, master in run.optimizer.masters.items()}
+    for key, shape in ({"rng.cpu": list(torch.get_rng_state().shape)} | expected).items():
+        if key not in state:
+            raise UserError(f"--resume: {path} is damaged: it lacks {key}")
+        if list(state[key].shape) != shape:
+            raise UserError(f"--resume: {path}: {key} has shape {list(state[key].shape)}; this run's has {shape}")
 
 
 def _same_run(path: Path, saved: dict[str, str], now: dict[str, str]) -> None:
@@ -98,5 +117,7 @@ def start_output(config: Config) -> None:
         )
     try:
         config.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.output):
+            pass  # whether it can be written is better known now than after the first step
     except OSError as error:
         raise UserError(f"--output {config.output}: {error.strerror}") from error

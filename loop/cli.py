@@ -52,9 +52,11 @@ def _recipe(arguments: list[str], default: T, load: Callable[[Path, T], T]) -> T
 def _one_line(box: str) -> str:
     """The words of tyro's framed message: no frame, no colours, no help hint."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│╭╮╰╯─ \t") for line in text.splitlines()]
+    inside = [line for line in text.splitlines() if not line.startswith("╭")]  # the frame's top holds only a heading
+    lines = [line.strip("│╭╮╰╯─ \t") for line in inside]
     words = [line for line in lines if line and not line.startswith(("For full helptext", "Parsing error", "usage:"))]
-    return re.sub(r"\s+", " ", "; ".join(words)) or "wrong flags"
+    said = " ".join(words).partition("Argument helptext:")[0]
+    return re.sub(r"\s+", " ", said).strip(" ;") or "wrong flags"
 
 
 def guarded(main: Callable[[], int | None]) -> None:

@@ -11,17 +11,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from loop.config import LoraConfig
+from loop.config import DEFAULT_TARGETS, LoraConfig
 from loop.errors import UserError
 from loop.files import write_safetensors, write_text
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# PEFT's settings that would make the same tensors another function, and their values of plain LoRA.
+PLAIN_LORA = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "alpha_pattern": {}, "rank_pattern": {}}
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,16 @@ class Adapter:
 def attach(model: nn.Module, config: LoraConfig, seed: int) -> None:
     """Puts PEFT adapters on the targeted projections, freezes everything else, and sets A and B.
 
-    A is Kaiming-uniform with a = sqrt(5) and B zero (PEFT's choice), drawn on the CPU so that every device starts alike;
-    or both come from `config.start_from`. Raises UserError for targets that match nothing, or files that do not fit.
+    A is Kaiming-uniform with a = sqrt(5) and B zero (PEFT's choice), drawn on the CPU so that every device starts alike.
+    Raises UserError for targets that match nothing; of DEFAULT_TARGETS only one has to.
     """
     linears = sorted(
         {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
     )
     targets = [name for name in config.targets if name in linears]
-    if not targets:
-        raise UserError(f"lora.targets {list(config.targets)} match no projection of this model; it has {linears}")
+    wrong = [name for name in config.targets if name not in (*linears, *DEFAULT_TARGETS)] if targets else config.targets
+    if wrong or not targets:
+        raise UserError(f"lora.targets {list(wrong)} match no projection of this model; it has {linears}")
     if config.rank < 1:
         raise UserError(f"lora.rank is {config.rank}; it must be at least 1")
     _inject(model, config, targets)
@@ -60,8 +65,6 @@ def attach(model: nn.Module, config: LoraConfig, seed: int) -> None:
             bound = math.sqrt(6 / ((1 + 5) * adapter.a.shape[1]))
             adapter.a.copy_(torch.empty(adapter.a.shape).uniform_(-bound, bound, generator=generator))
             adapter.b.zero_()
-    if config.start_from is not None:
-        load_adapters(model, config.start_from)
 
 
 def _inject(model: nn.Module, config: LoraConfig, targets: list[str]) -> None:
@@ -119,19 +122,22 @@ def save_adapters(model: nn.Module, config: LoraConfig, folder: Path, base_model
     write_text(folder / ADAPTER_CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def load_adapters(model: nn.Module, folder: Path) -> None:
-    """Loads adapters that PEFT or `save_adapters` wrote. Raises UserError for what is missing or does not fit."""
+def load_adapters(model: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Loads adapters that PEFT or `save_adapters` wrote into `tensors`, by canonical parameter name.
+
+    tensors: the fp32 master copies, so that a bf16 run starts from the saved values and not from rounded ones. Raises
+    UserError for what is missing, does not fit, or is no plain LoRA.
+    """
     file, settings_file = folder / ADAPTER_FILE, folder / ADAPTER_CONFIG
     for path in (file, settings_file):
         if not path.is_file():
             raise UserError(f"lora.start_from: {path} is not there; a folder saved by PEFT holds {ADAPTER_FILE}")
     try:
-        settings, state = json.loads(settings_file.read_text(encoding="utf-8")), load_file(file)
-    except (ValueError, OSError) as error:
+        settings, left = json.loads(settings_file.read_text(encoding="utf-8")), load_file(file)
+    except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"lora.start_from: {folder} can't be read: {error}") from error
-    left = dict(state)
+    expected = _scaling(settings, settings_file)
     for adapter in adapters(model):
-        expected = settings.get("lora_alpha", 0) / max(settings.get("r", 1), 1)
         if not math.isclose(adapter.scaling, expected):
             raise UserError(f"lora.start_from: {settings_file} scales by {expected}, this run by {adapter.scaling}")
         for part, parameter in (("lora_A", adapter.a), ("lora_B", adapter.b)):
@@ -141,6 +147,19 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
                 got = "is missing" if value is None else f"has shape {list(value.shape)}"
                 raise UserError(f"lora.start_from: {file}: {key} {got}; expected {list(parameter.shape)}")
             with torch.no_grad():
-                parameter.copy_(value)
+                tensors[f"{adapter.name}.{part}.weight"].copy_(value)
     if left:
         raise UserError(f"lora.start_from: {file} has {len(left)} tensors this run has no place for, first {min(left)}")
+
+
+def _scaling(settings: Any, path: Path) -> float:
+    """alpha / rank of an `adapter_config.json`. Raises UserError where that would not be the whole truth."""
+    if not isinstance(settings, dict):
+        raise UserError(f"lora.start_from: {path} holds no JSON object; PEFT's adapter_config.json is expected")
+    for key, plain in PLAIN_LORA.items():
+        if (settings.get(key) or plain) != plain:
+            raise UserError(f"lora.start_from: {path}: {key} is {settings[key]}; only plain LoRA can be loaded")
+    alpha, rank = settings.get("lora_alpha"), settings.get("r")
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
+        raise UserError(f"lora.start_from: {path}: r is {rank} and lora_alpha {alpha}; numbers are expected, r at least 1")
+    return alpha / rank

@@ -79,7 +79,8 @@ def load_model(config: Config, vocab_size: int) -> nn.Module:
     if have < vocab_size:
         raise UserError(f"--model {config.model}: {have} embeddings, but the tokenizer has {vocab_size} tokens")
     isolate_documents(model)
-    use_repeatable_attention(model)
+    if config.repeatable_attention:
+        use_repeatable_attention(model)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -22,7 +22,7 @@ def load_recipe(path: Path, default: T) -> T:
         raise UserError(f"--recipe {path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--recipe {path}: can't be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, an endless number, arrays nested without end
         raise UserError(f"--recipe {path}: not valid TOML: {error}") from error
     return _fill(default, values, str(path), "")
 
@@ -60,7 +60,7 @@ def _convert(value: Any, hint: Any, path: str, name: str) -> Any:
         return tuple(_convert(item, arguments[0], path, f"{name}[{index}]") for index, item in enumerate(value))
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and type(value) in (int, float):
+    if hint is float and (type(value) is float or (type(value) is int and abs(value) < 2**1023)):
         return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value

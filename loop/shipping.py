@@ -27,10 +27,10 @@ def read_shipping(config: Config, device_slug: str, reports: Path = REPORTS) -> 
         return Shipping((), f"nothing: no {device_slug} in {reports.name}/; `python -m bench.run` measures this device")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-        names = tuple(values["enable"])
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        names = values["enable"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
         raise UserError(f"{path}: not a shipping file ({error}); `python -m bench.report` renders it again") from error
-    if not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: enable must be a list of names; `python -m bench.report` renders it again")
     measured = values.get("method", config.method)
     if measured != config.method:
@@ -38,4 +38,4 @@ def read_shipping(config: Config, device_slug: str, reports: Path = REPORTS) -> 
             (), f"nothing: {path.parent.name}/{path.name} was measured for method {measured}, not {config.method}"
         )
     words = ", ".join(names) if names else "nothing"
-    return Shipping(names, f"{words}: passed the gate and paid on {device_slug} ({path.parent.name}/{path.name})")
+    return Shipping(tuple(names), f"{words}: passed the gate and paid on {device_slug} ({path.parent.name}/{path.name})")

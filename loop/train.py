@@ -37,27 +37,43 @@ def main(argv: list[str] | None = None) -> int:
 
     config = Config(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Config)})
     device, dtype = resolve_device(config)
-    names = command.enable
+    names, about = command.enable, [f"{config.model}, {config.method}, {_word(dtype)} on {device_name(device)}"]
     if names is None:
         shipping = read_shipping(config, device_slug(device), command.reports or REPORTS)
         names = shipping.enable
-        _say(f"shipping {shipping.why}")
-    _say(f"{config.model}, {config.method}, {str(dtype).removeprefix('torch.')} on {device_name(device)}")
+        about.insert(0, f"shipping {shipping.why}")
+
+    def on_start(run) -> None:
+        _say("\n".join(about + [f"not enabled: {name}: {reason}" for name, reason in run.refused.items()]))
+
     try:
-        log = train(config, names, on_step=lambda step: _say(_line(step, config.steps)))
+        log = train(config, names, lambda step: _say(_line(step, config.steps)), on_start)
     except NonFiniteLoss as error:
         raise UserError(str(error)) from error
-    for name, reason in log.refused.items():
-        _say(f"not enabled: {name}: {reason}")
     if log.data.get("skipped"):
         _say(f"skipped examples: {log.data['skipped']}")
     if log.save_seconds > 0.05 * sum(step.seconds for step in log.steps):
         _say(f"checkpoints took {log.save_seconds:.1f} s; --save-every N makes fewer")
     print(json.dumps(_result(config, log)))
     if log.interrupted:
-        _say(f"interrupted after step {log.steps[-1].step if log.steps else 'none'}; --resume goes on from {config.output}")
+        _say(f"interrupted after {_done(log)}; {_way_on(config)}")
         return 130
     return 0
+
+
+def _done(log) -> str:
+    return f"step {log.steps[-1].step + 1}" if log.steps else "no step"
+
+
+def _way_on(config: Config) -> str:
+    from loop.checkpoint import STATE_FILE
+
+    saved = (config.output / STATE_FILE).exists()
+    return f"--resume --output {config.output} goes on" if saved else "nothing was saved yet"
+
+
+def _word(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _say(text: str) -> None:

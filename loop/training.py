@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from loop.batch import PackedBatch
 from loop.config import Config
 from loop.data import Dataset, load_dataset, load_tokenizer
 from loop.errors import UserError
+from loop.files import write_text
+from loop.interrupt import deferred_interrupt
 from loop.model import checkpoint_folder, cross_entropy_head, load_model, plain_micro_step, resolve_device, trainable
 from loop.optim import MasterAdamW
 from loop.run import Run
+
+LOG_FILE = "log.jsonl"  # in the output folder: one StepLog a line
 
 
 class NonFiniteLoss(Exception):
@@ -61,6 +66,7 @@ class RunLog:
 
 
 OnStep = Callable[[StepLog], None]
+OnStart = Callable[[Run], None]
 
 
 def build(config: Config, enable: Iterable[str] = ()) -> tuple[Run, Dataset]:
@@ -73,6 +79,9 @@ def build(config: Config, enable: Iterable[str] = ()) -> tuple[Run, Dataset]:
     if config.method == "lora":
         lora.attach(model, config.lora, config.seed)
     optimizer = MasterAdamW(trainable(model), config.optim, config.steps)
+    if config.method == "lora" and config.lora.start_from is not None:
+        lora.load_adapters(model, config.lora.start_from, optimizer.masters)
+        optimizer.publish()
     run = Run(config, device, dtype, model, cross_entropy_head, plain_micro_step, optimizer)
     switch_on(run, enable)
     return run, dataset
@@ -84,46 +93,69 @@ def switch_on(run: Run, names: Iterable[str]) -> None:
     torch.manual_seed(run.config.seed)
 
 
+# What a number must be, in words and as a test that NaN fails, and the keys it holds for.
+RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("positive", lambda value: 0 < value < math.inf,
+     ("steps", "grad_accum", "save_every", "data.packs_per_micro_step", "optim.lr", "lora.rank", "lora.alpha")),
+    ("0 or more", lambda value: 0 <= value < math.inf,
+     ("optim.eps", "optim.weight_decay", "optim.warmup_steps", "optim.clip_norm")),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("lora.dropout", "optim.beta1", "optim.beta2")),
+    ("between 0 and 1", lambda value: 0 <= value <= 1, ("optim.min_lr_ratio",)),
+    ("at least 0 and below 2**63", lambda value: 0 <= value < 2**63, ("seed",)),
+    ("at least 2, since a token needs a next one to predict", lambda value: value >= 2, ("data.pack_length",)),
+)  # fmt: skip
+
+
 def validate(config: Config) -> None:
     """Raises UserError for numbers no run can have."""
-    positive = {"steps": config.steps, "grad_accum": config.grad_accum, "save_every": config.save_every,
-                "data.pack_length": config.data.pack_length, "optim.lr": config.optim.lr,
-                "data.packs_per_micro_step": config.data.packs_per_micro_step}  # fmt: skip
-    for name, value in positive.items():
-        if not value > 0 or not math.isfinite(value):
-            raise UserError(f"{name} is {value}; it must be positive")
-    if config.data.pack_length < 2:
-        raise UserError(f"data.pack_length is {config.data.pack_length}; a token needs a next one to predict, so at least 2")
-    if not 0 <= config.lora.dropout < 1:
-        raise UserError(f"lora.dropout is {config.lora.dropout}; it must be at least 0 and below 1")
+    for words, fits, keys in RANGES:
+        for key in keys:
+            value = attrgetter(key)(config)
+            if not fits(value):
+                raise UserError(f"{key} is {value}; it must be {words}")
 
 
-def train(config: Config, enable: Iterable[str] = (), on_step: OnStep | None = None) -> RunLog:
+def train(
+    config: Config, enable: Iterable[str] = (), on_step: OnStep | None = None, on_start: OnStart | None = None
+) -> RunLog:
     """Trains for `config.steps` steps with the named optimizations on; may be called again in the same process.
 
+    `on_start` is called once everything is loaded and switched on, `on_step` after every step.
     Raises UserError for a wrong configuration or bad data, NonFiniteLoss when the loss stops being a number. Ctrl-C ends
-    the run after saving the last finished step; the log then says `interrupted`.
+    the run once the step is finished and saved; the log then says `interrupted`. A second Ctrl-C, or a KeyboardInterrupt
+    from `on_step`, ends it at once, with what `save_every` has left on disk.
     """
     checkpoint.start_output(config)
     run, dataset = build(config, enable)
     first = checkpoint.load_state(run, dataset.content_hash) if config.resume else 0
+    if config.resume:
+        _trim_log(config, first)
+    if on_start is not None:
+        on_start(run)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    log, save_seconds, interrupted = [], 0.0, False
+    log, save_seconds, interrupted, between_steps = [], 0.0, False, True
     try:
-        for step in range(first, config.steps):
-            log.append(train_step(run, dataset, step))
-            if on_step is not None:
-                on_step(log[-1])
-            if config.output is not None:
-                _append_log(config, log[-1])
-                if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                    began = time.perf_counter()
-                    checkpoint.save_state(run, step + 1, dataset.content_hash)
-                    save_seconds += time.perf_counter() - began
+        with deferred_interrupt() as asked_to_stop:
+            for step in range(first, config.steps):
+                between_steps = False
+                log.append(train_step(run, dataset, step))
+                if on_step is not None:
+                    on_step(log[-1])
+                last = step + 1 == config.steps
+                interrupted = asked_to_stop() and not last
+                if config.output is not None:
+                    _append_log(config, log[-1])
+                    if (step + 1) % config.save_every == 0 or last or interrupted:
+                        began = time.perf_counter()
+                        checkpoint.save_state(run, step + 1, dataset.content_hash)
+                        save_seconds += time.perf_counter() - began
+                between_steps = True
+                if interrupted:
+                    break
     except KeyboardInterrupt:
-        interrupted = True  # the step in flight is lost; every `save_every`-th finished one is on disk
-    if config.output is not None and config.method == "full" and log:
+        interrupted = True
+    if config.output is not None and config.method == "full" and log and between_steps:  # within one, weights are torn
         checkpoint.save_weights(run)
     return RunLog(tuple(log), tuple(run.enabled), dict(run.refused), dataset.statistics(), save_seconds, interrupted)
 
@@ -140,7 +172,10 @@ def train_step(run: Run, dataset: Dataset, step: int) -> StepLog:
     lr, norm = run.optimizer.step(step)
     grad_norm = float(norm)
     if not math.isfinite(grad_norm):
-        raise NonFiniteLoss(f"step {step}: the gradient norm is {grad_norm} although the loss is finite ({loss_sum})")
+        raise NonFiniteLoss(
+            f"step {step}: the gradient norm is {grad_norm} although the loss is finite ({loss_sum}); "
+            f"the batches are micro_batches(step={step})"
+        )
     cuda = run.device.type == "cuda"
     return StepLog(
         step=step,
@@ -171,5 +206,17 @@ def _check_finite(step: int, loss_sums: list[float]) -> None:
 
 
 def _append_log(config: Config, step: StepLog) -> None:
-    with (config.output / "log.jsonl").open("a", encoding="utf-8") as file:
+    with (config.output / LOG_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(dataclasses.asdict(step)) + "\n")
+
+
+def _trim_log(config: Config, next_step: int) -> None:
+    """Drops the lines of steps that came after the checkpoint, and so will come again, and one that was cut off."""
+    path, kept = config.output / LOG_FILE, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)["step"] < next_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text(path, "".join(kept))

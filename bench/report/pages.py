@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abtest.verdict import Check
 from bench.records import Record
+from bench.report.micro import micro_section
 from bench.report.text import (
     MARK,
     NOTHING,
     code,
-    facts,
     memory,
     names,
     number,
@@ -38,7 +38,7 @@ def arm_page(record: Record, device: str, newest_run: str, older: int, ships: st
         SIGMA if plotted and any(record.noise_sigma) else "",
         "## Checks\n\n" + checks(record),
         "## Speed\n\n" + speed(record),
-        "## Microbenchmark\n\n" + facts(record.micro) if record.micro else "",
+        micro_section(record.micro) if record.micro else "",
         "## Notes\n\n" + "\n".join(f"- {prose(note)}" for note in record.notes) if record.notes else "",
         "## Where it comes from\n\n" + _provenance(record),
         "[All arms of this device](README.md)",

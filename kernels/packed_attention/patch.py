@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loop.attention import NAME as REPEATABLE
+from loop.attention import REFERENCES
 
 if TYPE_CHECKING:
     from loop.run import Run
 
 
 def eligible(run: Run) -> str | None:
-    if run.model.config._attn_implementation != REPEATABLE:
-        return f"attention is {run.model.config._attn_implementation}; only the loop's own reference is replaced"
+    if run.model.config._attn_implementation not in REFERENCES:
+        return f"attention is {run.model.config._attn_implementation}; only {' and '.join(REFERENCES)} are replaced"
     return None
 
 

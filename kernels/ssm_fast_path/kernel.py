@@ -9,6 +9,26 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from loop.delta_net import Pack, PackedDeltaNet
 
 
+def fla_delta_rule(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, pack: Pack
+) -> torch.Tensor:
+    """q, k [1, T, key heads, K]; v [1, T, value heads, V]; g (log decay, fp32), beta [1, T, value heads] -> like v.
+
+    bf16 or fp16 on CUDA; q and k are L2-normalised inside, each key head serves value heads / key heads of them.
+    """
+    out, _ = chunk_gated_delta_rule(
+        q.contiguous(),  # FLA's autograd expects its inputs dense; here they are slices of one projection
+        k.contiguous(),
+        v.contiguous(),
+        g=g,
+        beta=beta,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=pack.cu_seqlens,
+        cu_seqlens_cpu=pack.cu_seqlens_cpu,
+    )
+    return out
+
+
 class FlaDeltaNet(PackedDeltaNet):
     """As `PackedDeltaNet`, one launch for all documents: both kernels reset at every entry of `cu_seqlens`."""
 
@@ -26,14 +46,4 @@ class FlaDeltaNet(PackedDeltaNet):
     def delta_rule(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, pack: Pack
     ) -> torch.Tensor:
-        out, _ = chunk_gated_delta_rule(
-            q.contiguous(),  # FLA's autograd expects its inputs dense; here they are slices of one projection
-            k.contiguous(),
-            v.contiguous(),
-            g=g,
-            beta=beta,
-            use_qk_l2norm_in_kernel=True,
-            cu_seqlens=pack.cu_seqlens,
-            cu_seqlens_cpu=pack.cu_seqlens_cpu,
-        )
-        return out
+        return fla_delta_rule(q, k, v, g, beta, pack)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +17,18 @@ WRONG_ON_HOPPER = ((3, 4, 0), (3, 7, 1))
 
 
 def eligible(run: Run) -> str | None:
+    """None, or why not: no gated-delta layers that still run on the loop's PyTorch path."""
     if not any(type(module) is PackedDeltaNet for module in run.model.modules()):
         return "the model has no gated-delta layers on the PyTorch path"
-    return triton_refusal(torch.cuda.get_device_capability(run.device), _triton_version())
+    return None
+
+
+def known_wrong(device: torch.device) -> str | None:
+    """Why the Triton installed here must not compile FLA's backward for this CUDA device, or None."""
+    import triton
+
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", triton.__version__)
+    return triton_refusal(torch.cuda.get_device_capability(device), tuple(map(int, version.groups())))
 
 
 def triton_refusal(capability: tuple[int, int], version: tuple[int, ...]) -> str | None:
@@ -29,12 +39,6 @@ def triton_refusal(capability: tuple[int, int], version: tuple[int, ...]) -> str
             f"FLA's gated backward is wrong on Hopper with Triton {'.'.join(map(str, version))} (FLA issue 640); use 3.7.1"
         )
     return None
-
-
-def _triton_version() -> tuple[int, ...]:
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
 
 
 def apply(run: Run) -> None:

@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from loop.lora import Adapter
     from loop.run import Run
 
 
 def eligible(run: Run) -> str | None:
-    found = [adapter for adapter in _peft_adapters(run)]
+    """None, or why not: no PEFT LoRA layer, or one that is more than `base(x) + B(A(dropout(x))) * scaling`."""
+    found = list(_peft_layers(run.model))
     if not found:
         return "the run has no PEFT LoRA layers"
-    variants = [a.name for a in found if getattr(a.module, "lora_variant", None) or getattr(a.module, "merged", False)]
-    if variants:
-        return f"{variants[0]} is a merged adapter or a LoRA variant; only plain LoRA is static"
-    biased = [a.name for a in found if any(getattr(m, "bias", None) is not None for m in _products(a.module))]
-    if biased:
-        return f"{biased[0]} has a bias in its adapter; only plain LoRA is static"
-    return None
+    reasons = (f"{name} {reason}; only plain LoRA is static" for name, layer in found if (reason := _obstacle(layer)))
+    return next(reasons, None)
 
 
 def apply(run: Run) -> None:
+    """Replaces them. The parameters stay the same objects: optimizer, names and files do not notice."""
     from kernels.static_lora.kernel import StaticLora
 
-    for adapter in list(_peft_adapters(run)):
+    for adapter in _peft_adapters(run.model):
         parent, _, name = adapter.name.rpartition(".")
         static = StaticLora(adapter.base, adapter.a, adapter.b, adapter.scaling, adapter.dropout)
         setattr(run.model.get_submodule(parent), name, static.train(adapter.module.training))
 
 
-def _peft_adapters(run: Run):
+def _obstacle(layer: nn.Module) -> str | None:
+    """What PEFT's layer does beyond plain LoRA, or None. rsLoRA is plain: PEFT's `scaling` has its factor already."""
+    if type(layer.base_layer) is not nn.Linear:
+        return f"wraps a {type(layer.base_layer).__name__}, not a Linear"
+    if list(layer.active_adapters) != ["default"] or layer.disable_adapters:
+        return f"has the adapters {list(layer.active_adapters)} active, not 'default' alone"
+    if layer.merged:
+        return "is merged into its base weight"
+    if layer.lora_variant:
+        return f"is of the variant {', '.join(type(v).__name__ for v in layer.lora_variant.values())}"
+    products = (layer.lora_A["default"], layer.lora_B["default"])
+    if any(product.bias is not None for product in products):
+        return "has a bias in its adapter"
+    if any(product.weight.dtype != layer.base_layer.weight.dtype for product in products):
+        return "has an adapter of another dtype than its base weight"
+    return None
+
+
+def _peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _peft_adapters(model: nn.Module) -> list[Adapter]:
     from loop.lora import adapters
 
-    return (adapter for adapter in adapters(run.model) if isinstance(adapter.module.lora_A, nn.ModuleDict))
-
-
-def _products(module: nn.Module) -> list[nn.Module]:
-    return [*module.lora_A.values(), *module.lora_B.values()]
+    return [adapter for adapter in adapters(model) if isinstance(adapter.module.lora_A, nn.ModuleDict)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -203,6 +204,53 @@ def test_a_modified_module_fails():
         return output
 
     assert "inputs unmodified" in failed_checks(judge(candidate, of=project, inputs=hidden_and_linear))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An input that is neither tensor nor module."""
+
+    rows: torch.Tensor
+    factor: torch.Tensor
+    name: str = "x"
+
+
+def gate_and_scaled(workload: Workload, device: torch.device, seed: int) -> tuple[torch.Tensor, Scaled]:
+    gate, factor = gate_and_up(workload, device, seed)
+    return gate, Scaled(torch.arange(0, ROWS, 2), factor)
+
+
+def gathered(gate: torch.Tensor, scaled: Scaled) -> torch.Tensor:
+    return (F.silu(gate) * scaled.factor).index_select(0, scaled.rows)
+
+
+def test_a_dataclass_s_gradient_is_compared():
+    def wrong(gate, scaled):
+        return gathered(gate, Scaled(scaled.rows, scaled.factor * 1.0 + 0.01 * (scaled.factor - scaled.factor.detach())))
+
+    assert judge(gathered, Exactness.BITWISE, of=gathered, inputs=gate_and_scaled).level is Level.BITWISE
+    verdict = judge(wrong, of=gathered, inputs=gate_and_scaled)
+    assert verdict.level is Level.FAILED and "scaled.factor" in verdict.reason
+
+
+def test_a_modified_dataclass_fails():
+    def candidate(gate, scaled):
+        output = gathered(gate, scaled)
+        scaled.rows.data[-1] = 0
+        return output
+
+    assert "inputs unmodified" in failed_checks(judge(candidate, of=gathered, inputs=gate_and_scaled))
+
+
+def test_the_truth_is_fp64_even_where_the_reference_says_fp32():
+    def upcast(gate, up):
+        return (F.silu(gate.float()) * up.to(torch.float32)).to(gate.dtype)
+
+    inputs = gate_and_up(Workload("x", {}, "float32"), CPU, 0)
+    op = Op(upcast, upcast, gate_and_up, (), lambda w: 1, lambda w: 1)
+    (output, *_) = check_op(op, Workload("planted", {}, "float32"), CPU).quantities
+    truth = reference(*(value.double() for value in inputs))
+    assert output.reference_max_error == (upcast(*inputs).double() - truth).abs().max().item() > 0
 
 
 def test_a_comparison_that_cannot_be_trusted_is_invalid():

@@ -1,0 +1,52 @@
+"""The microbenchmark of one optimization's op as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bench.report.text import NOTHING, facts, number, prose, table
+
+HEADER = (
+    "workload", "shape", "dtype", "op check", "error, max and mean", "reference µs", "candidate µs", "ratio", "TB/s",
+    "TFLOP/s", "of the ceiling",
+)  # fmt: skip
+
+
+def micro_section(micro: Mapping[str, Any]) -> str:
+    """Markdown of what `bench.micro.run_micro` returned: the op check of every workload, and its times where it has any."""
+    if "workloads" not in micro:
+        return "## Microbenchmark\n\n" + facts(micro)  # not run_micro's: shown as it is
+    rows = [_row(name, row) for name, row in micro["workloads"].items()]
+    notes = [
+        f"Op check: **{micro['level']}**; {prose(str(micro.get('reason') or ''))}.",
+        "Errors are the candidate's over PyTorch's in the same dtype, both against fp64; at most 2 (max) and 1.1 (mean).",
+    ]
+    if micro.get("untimed"):
+        notes.append(f"Not timed: {prose(str(micro['untimed']))}.")
+    else:
+        notes.append("Times are of forward plus backward with a cold L2, in turn; the ceiling is the time floor that the ")
+        notes[-1] += "measured copy bandwidth and matrix rate set."
+    return "\n\n".join(["## Microbenchmark", table(HEADER, rows, numeric=range(4, 11)) if rows else "", " ".join(notes)])
+
+
+def _row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    timed = "ratio" in row
+    ratio = f"{row['ratio']:.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if timed else NOTHING
+    return (
+        prose(name),
+        prose(str(row["shape"])),
+        prose(str(row["dtype"])),
+        str(row["level"]),
+        f"{_short(row.get('max_error_ratio'))}, {_short(row.get('mean_error_ratio'))}",
+        _short(row.get("reference_us"), 4),
+        _short(row.get("candidate_us"), 4),
+        ratio,
+        _short(row.get("tb_per_s")),
+        _short(row.get("tflop_per_s")),
+        f"{100 * row['of_ceiling']:.0f} %" if timed and row.get("of_ceiling") is not None else NOTHING,
+    )
+
+
+def _short(value: Any, digits: int = 3) -> str:
+    return number(value, digits) if isinstance(value, int | float) else NOTHING if value is None else prose(str(value))

@@ -1,0 +1,187 @@
+"""Distances from an oracle, and what two arms' distances say of each other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from abtest import gate
+from abtest.gate import gradient_checks
+from abtest.gradients import Comparison, Distances, compare
+
+BATCHES = 10
+SHAPES = {"layers.0.up.weight": (128, 32), "layers.1.up.weight": (128, 32), "norm.weight": (96,)}
+SMALL = {f"layers.{layer}.A_log": (4,) for layer in range(12)}
+NOISE = 0.02  # what bf16 leaves behind
+
+
+def draws(shapes: dict, seed: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+        for _ in range(BATCHES)
+    ]
+
+
+def noisy(truth: list[dict], seed: int, noise: float = NOISE) -> list[dict]:
+    """Every value off by `noise` of its size on average."""
+    kicks = draws({name: value.shape for name, value in truth[0].items()}, seed)
+    return [
+        {name: value * (1 + noise * kick[name]) for name, value in batch.items()}
+        for batch, kick in zip(truth, kicks, strict=True)
+    ]
+
+
+def distances(gradients: list[dict], truth: list[dict]) -> Distances:
+    out = Distances()
+    for batch, exact in zip(gradients, truth, strict=True):
+        out.add(batch, exact)
+    return out
+
+
+def judged(candidate: list[dict], truth: list[dict], reference: list[dict] | None = None) -> Comparison:
+    reference = noisy(truth, 1) if reference is None else reference
+    sizes = {name: value.numel() for name, value in truth[0].items()}
+    return compare(distances(reference, truth), distances(candidate, truth), sizes)
+
+
+def failing(comparison: Comparison) -> set[str]:
+    return {check.name for check in gradient_checks("x", comparison) if not check.passed}
+
+
+@pytest.fixture(scope="module")
+def truth() -> list[dict[str, torch.Tensor]]:
+    return draws(SHAPES, 0)
+
+
+def test_another_rounding_passes(truth):
+    found = judged(noisy(truth, 2), truth)
+    assert not failing(found) and found.alpha == 0.0
+    assert found.reference_error == pytest.approx(NOISE * math.sqrt(BATCHES), rel=0.1)
+
+
+def test_the_same_gradients_have_ratio_one(truth):
+    found = judged(noisy(truth, 1), truth)
+    assert (found.rho, found.geomean, found.row, found.alpha) == (1.0, 1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("factor", [1.01, 0.99])
+def test_a_scale_error_of_one_percent_in_one_projection_shows_as_alpha_alone(truth, factor):
+    candidate = noisy(truth, 2)
+    for batch in candidate:
+        batch["layers.1.up.weight"] *= factor
+    found = judged(candidate, truth)
+    assert found.alpha == pytest.approx(0.01, rel=0.1) and found.alpha_name == "layers.1.up.weight"
+    assert failing(found) == {"gradient scale error, x"}
+
+
+def test_one_wrong_row_of_128_shows_as_a_row_alone(truth):
+    candidate = noisy(truth, 2)
+    for batch in candidate:
+        batch["layers.0.up.weight"][17] *= 1.15
+    found = judged(candidate, truth)
+    assert failing(found) == {"gradient error ratio, worst row, x"} and found.row_name == "layers.0.up.weight"
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e4])
+def test_a_row_of_garbage_in_one_batch_of_ten_shows(truth, garbage):
+    candidate = noisy(truth, 2)
+    candidate[3]["layers.0.up.weight"][100] = garbage
+    assert "gradient error ratio, worst row, x" in failing(judged(candidate, truth))
+
+
+def test_small_tensors_are_pooled_across_layers():
+    truth = draws(SMALL | SHAPES, 0)
+    candidate = noisy(truth, 2)
+    alone = {name: judged([{name: b[name]} for b in candidate], [{name: b[name]} for b in truth]).rho for name in SMALL}
+    assert max(alone.values()) > 1.3  # luck, when four numbers stand alone
+    assert judged(candidate, truth).rho < max(alone.values())
+    for batch in candidate:
+        batch["layers.7.A_log"] *= 1.5
+    found = judged(candidate, truth)
+    assert found.rho > gate.RHO and found.rho_name == "layers.*.A_log"
+
+
+def test_tensors_at_the_limit_of_small_stand_alone():
+    shapes = {"layers.0.w": (64,), "layers.1.w": (64,), "layers.0.v": (63,), "layers.1.v": (63,)}
+    truth = draws(shapes, 0)
+    candidate = noisy(truth, 2)
+    for batch in candidate:
+        batch["layers.1.w"] *= 2
+    assert judged(candidate, truth).rho_name == "layers.1.w"
+    for batch in candidate:
+        batch["layers.1.v"] *= 9
+    assert judged(candidate, truth).rho_name == "layers.*.v"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_a_problem_and_no_comparison_passes(truth, value):
+    candidate = noisy(truth, 2)
+    candidate[4]["norm.weight"][5] = value
+    assert distances(candidate, truth).problems == ["norm.weight: gradient is not finite in probe batch 4"]
+    assert not judged(candidate, truth).rho <= gate.RHO
+    assert not judged(candidate, truth).row <= gate.ROW
+
+
+def test_a_nan_in_the_first_parameter_is_not_outranked_by_a_later_one(truth):
+    candidate = noisy(truth, 2)
+    candidate[0]["layers.0.up.weight"][0, 0] = math.nan
+    candidate[0]["norm.weight"] *= 1000
+    assert math.isnan(judged(candidate, truth).rho)
+
+
+def zeroed(batches: list[dict], name: str, which=range(BATCHES)) -> list[dict]:
+    return [
+        {key: torch.zeros_like(value) if key == name and index in which else value for key, value in batch.items()}
+        for index, batch in enumerate(batches)
+    ]
+
+
+def test_gradients_that_are_zero_on_both_sides_count_for_nothing(truth):
+    name = "layers.0.up.weight"
+    zeros = zeroed(truth, name)
+    found = judged(zeroed(noisy(truth, 2), name), zeros, zeroed(noisy(truth, 1), name))
+    assert not failing(found) and found.row_name != name
+
+
+@pytest.mark.parametrize("which", [range(BATCHES), [3]], ids=["every batch", "one batch"])
+def test_a_gradient_where_there_should_be_none_fails(truth, which):
+    name = "layers.0.up.weight"
+    zeros, reference, candidate = (zeroed(side, name, which) for side in (truth, noisy(truth, 1), noisy(truth, 2)))
+    candidate[3][name] = candidate[3][name].clone()
+    candidate[3][name][0, 0] = 1e-6
+    found = judged(candidate, zeros, reference)
+    assert found.rho == math.inf and found.rho_name == name
+
+
+def test_a_reference_without_error_allows_none(truth):
+    assert judged(noisy(truth, 2), truth, reference=truth).rho == math.inf
+    assert not failing(judged(truth, truth, reference=truth))
+
+
+def test_structure_is_never_skipped():
+    truth = {"a": torch.ones(2, 3), "b": torch.ones(4), "c": torch.ones(4), "d": torch.ones(2)}
+    shared = torch.ones(4)
+    found = Distances()
+    found.add({"a": torch.ones(3, 2), "b": shared, "c": shared, "d": None, "extra": torch.ones(1)}, truth)
+    assert found.problems == [
+        "extra: in the candidate only", "a: gradient of shape [3, 2], expected [2, 3]",
+        "c: shares memory with the gradient of b", "d: no gradient",
+    ]  # fmt: skip
+    assert found.elements == 8  # b and c
+    missing = Distances()
+    missing.add({}, truth)
+    assert len(missing.problems) == 4 and missing.elements == 0
+
+
+def test_sums_are_what_they_say(truth):
+    found = distances(noisy(truth, 2), truth)
+    name, candidate = "layers.0.up.weight", noisy(truth, 2)
+    errors = [(c[name] - t[name]).square() for c, t in zip(candidate, truth, strict=True)]
+    assert found.error[name] == pytest.approx([float(e.sum()) for e in errors])
+    assert found.norm[name] == pytest.approx([float(t[name].square().sum()) for t in truth])
+    torch.testing.assert_close(found.rows[name], sum(e.sum(1) for e in errors))
+    assert found.rows["norm.weight"].shape == (1,)
+    assert found.elements == BATCHES * (2 * 128 * 32 + 96)

@@ -1,0 +1,266 @@
+"""`python -m bench.run` as a user runs it: the files it leaves, the mistakes it names, and Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from abtest.arm import ArmFailed
+from abtest.experiment import Candidate
+from abtest.gate import Evidence
+from abtest.verdict import Level, Verdict
+from bench import records, run
+from bench.ceilings import Ceilings
+from bench.plan import ArmPlan
+from bench.progress import BenchProgress
+from kernels.contract import Exactness
+from loop.cli import guarded
+from loop.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--device", "cpu", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3", "--timing.blocks", "2",
+    "--timing.micro-batches", "1", "--data.pack-length", "128",
+]  # fmt: skip
+# One thread: on a box shared with other work, two threads that wait for each other are many times slower.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ARMS = ["stock", "stock_again", "static_lora", "silu_mul"]
+
+
+def command(*arguments: str, module: str = "bench.run", **options) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(
+        words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """One run with two optimizations, the one that is timed on a CPU and one that is not."""
+    reports = tmp_path_factory.mktemp("bench") / "reports"
+    return reports, command("--arms", "static_lora", "silu_mul", *SMALL, "--reports", str(reports))
+
+
+def records_file(reports: Path) -> Path:
+    (found,) = reports.glob("data/*/records.jsonl")
+    return found
+
+
+def test_it_ends_well_with_one_json_line_on_stdout(done):
+    _, process = done
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    (line,) = process.stdout.splitlines()
+    summary = json.loads(line)
+    arms = {arm["arm"]: arm for arm in summary["arms"]}
+    assert list(arms) == ARMS
+    assert [arm["level"] for arm in arms.values()] == ["BITWISE", "BITWISE", "BITWISE", "ROUNDING"]
+    assert all(arm["reason"] for arm in arms.values())
+
+
+def test_what_passed_is_timed_and_what_the_interpreter_ran_is_not(done):
+    arms = {arm["arm"]: arm for arm in json.loads(done[1].stdout)["arms"]}
+    for name in ("stock", "stock_again", "static_lora"):
+        arm = arms[name]
+        assert arm["untimed"] is None and arm["ratio_low"] <= arm["ratio"] <= arm["ratio_high"]
+        assert 0 < arm["supervised_tokens_per_s"] <= arm["real_tokens_per_s"] <= arm["positions_per_s"]
+        assert arm["peak_memory_bytes"] > 1 << 27 and 0 < arm["mfu"] < 1
+    assert arms["stock"]["ratio"] == 1.0
+    assert arms["silu_mul"]["ratio"] is None and "interpreter" in arms["silu_mul"]["untimed"]
+
+
+def test_records_hold_the_run(done):
+    reports, process = done
+    kept = records.read(records_file(reports))
+    assert [record.arm for record in kept] == ARMS
+    assert [record.role for record in kept] == ["reference", "repeat", "optimization", "optimization"]
+    assert len({record.run_id for record in kept}) == 1
+    for record in kept:
+        assert len(record.losses) == len(record.reference_losses) == len(record.noise_sigma) == 3
+        assert record.recipe["gate"]["steps"] == 3 and record.recipe["dtype"] == "float32"
+        assert "reports" not in record.recipe and str(reports) not in json.dumps(record.data)
+        assert record.data["pack_length"] == 128 and record.environment["matmul_flops_per_s"] > 0
+        assert record.environment["device_slug"] == records_file(reports).parent.name
+        assert record.command.startswith("python -m bench.run --arms static_lora silu_mul")
+    summary = {arm["arm"]: arm for arm in json.loads(process.stdout)["arms"]}
+    assert kept[2].perf.ratio == summary["static_lora"]["ratio"] and kept[3].perf is None
+    assert any("StaticLora" in path for path in kept[2].environment["paths"])
+    assert not any("StaticLora" in path for path in kept[0].environment["paths"])
+
+
+def test_reports_are_rendered_and_rendering_again_changes_nothing(done):
+    reports, _ = done
+    device = reports / records_file(reports).parent.name
+    shipping = tomllib.loads((device / "shipping.toml").read_text())
+    assert set(shipping["enable"]) <= {"static_lora"}
+    for name in ("README.md", "static_lora.md", "static_lora.png", "silu_mul.md", "overview.png"):
+        assert (device / name).stat().st_size > 100
+    assert command("--reports", str(reports), "--check", module="bench.report").returncode == 0
+    before = {path: path.read_bytes() for path in reports.rglob("*") if path.is_file()}
+    assert command("--reports", str(reports), module="bench.report").returncode == 0
+    assert {path: path.read_bytes() for path in reports.rglob("*") if path.is_file()} == before
+
+
+def test_progress_names_arm_and_phase_on_stderr(done):
+    lines = done[1].stderr.splitlines()
+    assert any("static_lora: training (3 steps)" in line for line in lines)
+    assert any(line.startswith("silu_mul: ROUNDING") for line in lines)
+    percents = [int(line[1:4]) for line in lines if line.startswith("[")]
+    assert percents == sorted(percents) and percents[-1] <= 100
+
+
+def workers_of(group: int) -> list[int]:
+    """Processes of a process group that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.fixture
+def running(done) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A second run into the same folder, leader of its own process group, stopped once it gates static_lora."""
+    reports, _ = done
+    words = [sys.executable, "-m", "bench.run", "--arms", "static_lora", *SMALL, "--reports", str(reports)]
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    yield process, reports
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_ctrl_c_ends_it_cleanly_and_a_second_run_appends(running):
+    process, reports = running
+    before = records_file(reports).read_bytes()
+    for line in process.stderr:
+        if "static_lora: gradients" in line:
+            break
+    assert len(workers_of(process.pid)) == 3  # itself, stock, static_lora
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == "" and [line for line in err.splitlines() if not line.startswith("[")] == ["interrupted"]
+    deadline = time.monotonic() + 10
+    while workers_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not workers_of(process.pid)
+    after = records_file(reports).read_bytes()
+    assert after.startswith(before) and after.endswith(b"\n")
+    kept = records.read(records_file(reports))
+    assert [record.arm for record in kept] == [*ARMS, "stock", "stock_again"]
+    assert len({record.run_id for record in kept}) == 2
+    assert command("--reports", str(reports), module="bench.report").returncode == 0
+
+
+def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
+    process = command("--arms", "nope", *SMALL, "--reports", str(tmp_path))
+    assert process.returncode == 2 and process.stdout == ""
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: --arms nope: no such arm") and "static_lora" in line
+
+
+MISTAKES = {
+    "dropout": (["--lora.dropout", "0.1"], "lora.dropout must be 0"),
+    "steps": (["--gate.steps", "1"], "gate.steps is 1; it must be at least 2"),
+    "probes": (["--gate.probes", "2"], "gate.probes is 2; it must be at least 3"),
+    "blocks": (["--timing.blocks", "1"], "timing.blocks is 1"),
+    "an output folder": (["--output", "runs/x"], "--output and --resume are for python -m loop.train"),
+    "unknown flag": (["--no-such-flag"], "no-such-flag"),
+    "unknown recipe": (["--recipe", "absent.toml"], "absent.toml: no such file"),
+    "data that is not there": (["--data", "absent.jsonl"], "absent.jsonl"),
+    "model that is not there": (["--model", "./absent"], "./absent"),
+    "pack too long for its data": (["--data.pack-length", "2"], "pack"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_name_what_is_wrong(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.run", "--arms", "static_lora", *SMALL, *arguments, "--reports", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        guarded(run.main)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == ""
+    errors = [line for line in printed.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and words in errors[0] and printed.err.splitlines()[-1] == errors[0]
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_damaged_record_is_named_before_anything_is_measured(done, tmp_path):
+    kept = records_file(done[0])
+    copied = tmp_path / "data" / kept.parent.name / "records.jsonl"
+    copied.parent.mkdir(parents=True)
+    copied.write_bytes(kept.read_bytes().splitlines(keepends=True)[0] + b'{"arm": "half a rec\n')
+    before = copied.read_bytes()
+    with pytest.raises(UserError, match=r"records\.jsonl:2: not a valid record"):
+        run.main([*SMALL, "--reports", str(tmp_path)])
+    assert copied.read_bytes() == before
+
+
+def test_reports_that_cannot_be_a_folder(tmp_path):
+    (tmp_path / "reports").write_text("a file")
+    with pytest.raises(UserError, match=r"--reports .*; a folder to write to is expected"):
+        run.main([*SMALL, "--reports", str(tmp_path / "reports")])
+
+
+def plan(name: str) -> ArmPlan:
+    return ArmPlan(name, "optimization", (), run.Command(), Exactness.ROUNDING, "", "")
+
+
+@pytest.fixture
+def bench(tmp_path) -> run.Bench:
+    """A run whose experiment has a reference and no processes; its arms are candidates that passed."""
+    evidence = Evidence({"data": {}, "paths": {}}, {"loss": [2.0, 1.0]})
+    arm = contextlib.nullcontext(SimpleNamespace(spec=SimpleNamespace(name="fast")))
+    candidate = Candidate(arm, Verdict(Level.ROUNDING, "close"), evidence)
+    experiment = SimpleNamespace(
+        reference=evidence, sigma=(0.1, 0.1), reference_arm=None, gate_arm=lambda spec, claim: candidate
+    )
+    facts = {"run_id": "r", "environment": {"device_slug": "box"}, "recipe": {}, "data": {}, "command": "c"}
+    command = run.Command(reports=tmp_path, micro=False)
+    return run.Bench(command, BenchProgress(10), experiment, Ceilings(1.0, 1.0, 1, 1, "float32"), facts)
+
+
+def ends(*given, **named):
+    raise ArmFailed("the process of arm fast ended with code 1: out of paper", "many\nlines")
+
+
+def test_an_arm_whose_process_ends_is_a_failed_record_and_the_run_goes_on(bench):
+    passing = bench.experiment.gate_arm
+    bench.experiment.gate_arm = ends
+    bench.arm(plan("fast"))
+    bench.experiment.gate_arm = passing
+    bench.arm(dataclasses.replace(plan("slow"), untimed="not here"))
+    failed, passed = records.read(records_file(bench.command.reports))
+    assert failed.verdict == Verdict(Level.FAILED, "the process of arm fast ended with code 1: out of paper")
+    assert passed.verdict.level is Level.ROUNDING and passed.untimed == "not here" and passed.losses == (2.0, 1.0)
+
+
+def test_an_arm_that_ends_while_it_is_timed_keeps_its_verdict(bench, monkeypatch):
+    monkeypatch.setattr(run, "time_arms", ends)
+    bench.arm(plan("fast"))
+    (record,) = records.read(records_file(bench.command.reports))
+    assert record.verdict.level is Level.ROUNDING and record.perf is None
+    assert record.untimed == "timing broke off: the process of arm fast ended with code 1: out of paper"
+
+
+def test_a_reference_that_cannot_run_is_one_line(bench):
+    bench.experiment.prepare = ends
+    with pytest.raises(UserError, match=r"without its reference nothing can be compared: .* out of paper"):
+        bench.reference()

@@ -1,0 +1,186 @@
+"""MasterAdamW against AdamW written out in fp64, and what bf16 parameters must not lose."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from loop.config import OptimConfig
+from loop.optim import MasterAdamW, learning_rate
+
+STEPS = 12
+CONFIG = OptimConfig(lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1, warmup_steps=3, clip_norm=1.0)
+SHAPES = {"matrix": (7, 5), "conv": (4, 1, 3), "vector": (6,), "scalar": ()}
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+
+
+def gradients(step: int) -> dict[str, torch.Tensor]:
+    """Norms from far below the clipping limit to far above, in turn."""
+    generator = torch.Generator().manual_seed(100 + step)
+    scale = 10.0 ** (step % 4 - 2)
+    return {name: torch.randn(shape, generator=generator) * scale for name, shape in SHAPES.items()}
+
+
+def backward(params: dict[str, nn.Parameter], grads: dict[str, torch.Tensor]) -> None:
+    """Gives the parameters these gradients through autograd, as a micro-step does."""
+    sum((params[name] * grad.to(params[name])).sum() for name, grad in grads.items()).backward()
+
+
+def schedule(config: OptimConfig, step: int, steps: int) -> float:
+    """Linear to lr at step `warmup_steps` - 1, lr again at `warmup_steps`, then half a cosine down to the last step."""
+    if step + 1 <= config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    angle = math.pi * (step - config.warmup_steps) / (steps - 1 - config.warmup_steps)
+    low = config.min_lr_ratio * config.lr
+    return low + (config.lr - low) * (1 + math.cos(angle)) / 2
+
+
+class Fp64AdamW:
+    """Decoupled weight decay (arXiv 1711.05101, algorithm 2) after clipping by the global norm, all in fp64."""
+
+    def __init__(self, values: dict[str, torch.Tensor], config: OptimConfig) -> None:
+        self.config = config
+        self.w = {name: value.detach().double().clone() for name, value in values.items()}
+        self.m = {name: torch.zeros_like(value) for name, value in self.w.items()}
+        self.v = {name: torch.zeros_like(value) for name, value in self.w.items()}
+
+    def step(self, grads: dict[str, torch.Tensor], step: int) -> float:
+        c, t, lr = self.config, step + 1, schedule(self.config, step, STEPS)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+        shrink = min(1.0, c.clip_norm / norm) if c.clip_norm else 1.0
+        for name, g in grads.items():
+            g = g.double() * shrink
+            self.m[name] = c.beta1 * self.m[name] + (1 - c.beta1) * g
+            self.v[name] = c.beta2 * self.v[name] + (1 - c.beta2) * g * g
+            m_hat, v_hat = self.m[name] / (1 - c.beta1**t), self.v[name] / (1 - c.beta2**t)
+            decay = c.weight_decay if self.w[name].ndim >= 2 else 0.0
+            self.w[name] = self.w[name] - lr * decay * self.w[name] - lr * m_hat / (v_hat.sqrt() + c.eps)
+        return norm
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_are_those_of_adamw_in_fp64(dtype, clip_norm):
+    config = dataclasses.replace(CONFIG, clip_norm=clip_norm)
+    params = parameters(dtype)
+    truth = Fp64AdamW(params, config)
+    optimizer = MasterAdamW(params, config, STEPS)
+    for step in range(STEPS):
+        grads = {name: grad.to(dtype) for name, grad in gradients(step).items()}
+        before = {name: master.detach().double().clone() for name, master in optimizer.masters.items()}
+        old = {name: value.clone() for name, value in truth.w.items()}
+        backward(params, grads)
+        rate, norm = optimizer.step(step)
+        assert float(norm) == pytest.approx(truth.step(grads, step), rel=1e-5)
+        assert rate == pytest.approx(schedule(config, step, STEPS), rel=1e-12)
+        for name, master in optimizer.masters.items():
+            update, expected = master.detach().double() - before[name], truth.w[name] - old[name]
+            rounding = 2.0**-23 * master.detach().double().norm()  # of the weight itself, which the update is added to
+            assert float((update - expected).norm()) <= 1e-5 * float(expected.norm()) + float(rounding), name
+    for name, master in optimizer.masters.items():
+        error = (master.detach().double() - truth.w[name]).norm() / truth.w[name].norm()
+        assert float(error) <= 1e-5, name
+        assert master.dtype == torch.float32
+        assert torch.equal(params[name].detach(), master.detach().to(dtype))
+
+
+def test_the_schedule():
+    config = OptimConfig(lr=2.0, warmup_steps=4, min_lr_ratio=0.1)
+    rates = [learning_rate(config, step, 11) for step in range(11)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[7] == pytest.approx((2.0 + 0.2) / 2)  # half way down, at 4 + (10 - 4) / 2
+    assert rates[10] == pytest.approx(0.2)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert learning_rate(config, 50, 11) == pytest.approx(0.2)  # past the end, as after --steps was lowered
+    assert learning_rate(dataclasses.replace(config, warmup_steps=0), 0, 1) == 2.0
+
+
+def test_one_dimensional_tensors_are_not_decayed():
+    params = parameters()
+    before = {name: p.detach().clone() for name, p in params.items()}
+    optimizer = MasterAdamW(params, dataclasses.replace(CONFIG, warmup_steps=0), STEPS)
+    backward(params, {name: torch.zeros(shape) for name, shape in SHAPES.items()})
+    optimizer.step(0)
+    for name, parameter in params.items():
+        factor = 1 - CONFIG.lr * CONFIG.weight_decay if parameter.ndim >= 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
+    assert torch.equal(params["vector"].detach(), before["vector"])
+
+
+def test_gradients_of_bf16_parameters_add_up_in_fp32():
+    """1 + 64 times 2**-9: in bf16 each small one is lost."""
+    parameter = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW({"p": parameter}, CONFIG, STEPS)
+    small = torch.full((4,), 2.0**-9, dtype=torch.bfloat16)
+    for grad in [torch.ones(4, dtype=torch.bfloat16), *[small] * 64]:
+        (parameter * grad).sum().backward()
+    total = optimizer.gradients()["p"]
+    assert total.dtype == torch.float32 and total.tolist() == [1.125] * 4
+    assert parameter.grad is None, "a second, bf16 sum would be kept beside it"
+    naive = torch.ones(4, dtype=torch.bfloat16)
+    for _ in range(64):
+        naive = naive + small
+    assert naive.tolist() == [1.0] * 4
+
+
+def test_updates_too_small_for_bf16_are_kept():
+    config = OptimConfig(lr=1e-4, weight_decay=0.0, warmup_steps=0, min_lr_ratio=1.0)
+    parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW({"p": parameter}, config, 100)
+    seen = []
+    for step in range(100):
+        (parameter * 1.0).sum().backward()
+        optimizer.step(step)
+        seen.append(float(parameter.detach()[0]))
+    assert seen[0] == 1.0, "one step is less than half of bf16's spacing below 1"
+    assert float(optimizer.masters["p"][0]) == pytest.approx(0.99, abs=1e-5)
+    assert seen[-1] == float(torch.tensor(0.99).bfloat16())
+
+
+def test_a_step_clears_the_gradients():
+    for dtype in (torch.float32, torch.bfloat16):
+        params = parameters(dtype)
+        optimizer = MasterAdamW(params, CONFIG, STEPS)
+        backward(params, gradients(0))
+        optimizer.step(0)
+        assert set(optimizer.gradients().values()) == {None}
+        assert all(p.grad is None for p in params.values())
+
+
+def test_a_parameter_without_a_gradient_stays():
+    params = parameters()
+    before = params["matrix"].detach().clone()
+    optimizer = MasterAdamW(params, CONFIG, STEPS)
+    backward(params, {"vector": torch.ones(SHAPES["vector"])})
+    _, norm = optimizer.step(0)
+    assert float(norm) == pytest.approx(math.sqrt(6)) and torch.equal(params["matrix"].detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_state_goes_on_with_the_same_bits(dtype):
+    def run(optimizer: MasterAdamW, params: dict[str, nn.Parameter], steps: range) -> None:
+        for step in steps:
+            backward(params, gradients(step))
+            optimizer.step(step)
+
+    straight = parameters(dtype)
+    whole = MasterAdamW(straight, CONFIG, STEPS)
+    run(whole, straight, range(4))
+    saved = {name: value.detach().clone() for name, value in whole.state().items()}
+    run(whole, straight, range(4, 8))
+
+    resumed = parameters(dtype)
+    second = MasterAdamW(resumed, CONFIG, STEPS)
+    second.load_state(saved)
+    run(second, resumed, range(4, 8))
+    assert whole.state().keys() == second.state().keys()
+    assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)

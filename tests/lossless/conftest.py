@@ -1,0 +1,86 @@
+"""Counts the gates that were executed, and says in one closing line which were not.
+
+A gate is a lossless test of one optimization: of its op on one workload with one seed, or of a whole arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from abtest.opcheck import SEEDS, workloads_for
+from kernels.contract import Optimization
+from loop.device import device_name
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Tally:
+    """What became of each gate. ops: optimizations whose op was gated, on however few workloads."""
+
+    executed: int = 0
+    failed: int = 0
+    need_gpu: int = 0
+    skipped: int = 0
+    ops: dict[str, Optimization] = field(default_factory=dict)
+
+    def count(self, optimization: Optimization, outcome: str) -> None:
+        needs = optimization.needs
+        if outcome != "skipped":
+            self.executed += 1
+            self.failed += outcome == "failed"
+        elif DEVICE.type != "cuda" and (needs.cuda or needs.capability is not None):
+            self.need_gpu += 1
+        else:
+            self.skipped += 1
+
+    def too_large(self) -> int:
+        """Gates of workloads that only a GPU is given."""
+        ops = [optimization.op for optimization in self.ops.values()]
+        return sum(len(SEEDS) * (len(op.workloads) - len(workloads_for(op, DEVICE))) for op in ops)
+
+    def lacking(self) -> int:
+        """Gates that were not executed for want of a GPU."""
+        return self.need_gpu + self.too_large()
+
+    def line(self) -> str:
+        where = device_name(DEVICE) if DEVICE.type == "cuda" else "cpu (interpreter)"
+        parts = [f"lossless: {self.executed} gates executed on {where}"]
+        counts = ((self.failed, "failed"), (self.lacking(), "need a GPU"), (self.skipped, "skipped"))
+        return ", ".join(parts + [f"{count} {words}" for count, words in counts if count])
+
+
+TALLY = pytest.StashKey[Tally]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    report = yield
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "optimization" in parameters and item.get_closest_marker("lossless") is not None:
+        tally = item.config.stash.setdefault(TALLY, Tally())
+        if "workload" in parameters:
+            tally.ops[parameters["optimization"].name] = parameters["optimization"]
+        if report.when == "call" or (report.when == "setup" and not report.passed):
+            tally.count(parameters["optimization"], report.outcome)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    tally = session.config.stash.get(TALLY, Tally())
+    if session.config.getoption("--require-gpu") and tally.lacking() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    tally = config.stash.get(TALLY, None)
+    if tally is None:
+        return
+    terminalreporter.write_line(tally.line(), red=bool(tally.failed), bold=True)
+    if config.getoption("--require-gpu") and tally.lacking():
+        terminalreporter.write_line(f"--require-gpu: {tally.lacking()} gates were not executed, so this run fails", red=True)

@@ -1,0 +1,76 @@
+"""Every optimization gated end to end in processes of its own: the whole experiment, on a small model and little evidence.
+
+On a GPU in bf16; elsewhere in fp32, since Triton's interpreter truncates bf16.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from abtest.arm import ArmSpec
+from abtest.experiment import Experiment, GateConfig
+from abtest.verdict import Level
+from kernels.contract import Exactness
+from kernels.registry import discover, unmet
+from loop.config import Config, DataConfig, LoraConfig
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SETTINGS = GateConfig(steps=6, replicas=4, probes=4)
+CONFIG = Config(
+    model="qwen3.5-tiny",
+    steps=SETTINGS.steps,
+    device=DEVICE.type,
+    dtype="bfloat16" if DEVICE.type == "cuda" else "float32",
+    gradient_checkpointing=True,
+    repeatable_attention=True,
+    lora=LoraConfig(rank=8, alpha=16.0),
+    data=DataConfig(pack_length=256),
+)
+SHIPPING = Path(__file__).resolve().parents[2] / "kernels"  # negative_results/ need not pass anywhere
+PASSES = {
+    Exactness.BITWISE: {Level.BITWISE},
+    Exactness.ROUNDING: {Level.BITWISE, Level.ROUNDING},
+    Exactness.APPROX: {Level.APPROX},
+}
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Experiment]:
+    """Stock, its repeat, its oracle and its noise floor. One thread an arm: tiny matrices gain nothing from more."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if DEVICE.type == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
+    folder = tmp_path_factory.mktemp("arms")
+    with Experiment(CONFIG, SETTINGS, folder, environment, lambda arm, phase, done, total: None) as prepared:
+        prepared.prepare()
+        yield prepared
+
+
+@pytest.mark.lossless
+def test_the_reference_repeats_itself(experiment):
+    verdict = experiment.repeat_verdict()
+    assert verdict.level is Level.BITWISE, verdict.reason
+
+
+@pytest.mark.lossless
+@pytest.mark.parametrize("optimization", [pytest.param(item, id=name) for name, item in discover().items()])
+def test_arm_keeps_its_claim(optimization, request):
+    missing = unmet(optimization.needs, DEVICE)
+    if missing:
+        pytest.skip(missing)
+    experiment = request.getfixturevalue("experiment")  # not made for what is skipped
+    spec = ArmSpec(optimization.name, CONFIG, (optimization.name,))
+    candidate = experiment.gate_arm(spec, optimization.exactness)
+    with candidate.arm:
+        verdict = candidate.verdict
+    if verdict.level is Level.NOT_RUN:
+        pytest.skip(verdict.reason)
+    if (SHIPPING / optimization.name).is_dir():
+        assert verdict.level in PASSES[optimization.exactness], verdict.reason
+    else:
+        assert verdict.level is not Level.INVALID, verdict.reason
