@@ -21,7 +21,10 @@ from kernels.contract import Exactness
 
 LOSS_SIGMA, LOSS_SUM_SIGMA = 6.0, 4.0
 RHO, GEOMEAN, ROW, ALPHA = 1.5, 1.15, 6.0, 0.003
-REFERENCE_ERROR = 0.05
+# Per batch. The prototype's 0.05 held for 4 layers; bf16 alone gives 0.053 at 24 layers of 512 and 0.076 at 24 of 2048. That
+# the reference is the right function is what PACKING_ERROR shows, in arithmetic that hides nothing.
+REFERENCE_ERROR = 0.15
+PACKING_ERROR = 1e-3
 SHARE = 0.4  # of the parameters that must have an oracle gradient; LoRA's A has none while B is zero
 FP32_ULP = 2.0**-23  # of a loss, relative: below it no difference can be told from rounding the loss itself
 
@@ -96,6 +99,10 @@ def preflight(
         checks.append(
             Check(f"gradients complete and finite, {state}", float(count), None, complete, problems[0] if problems else "")
         )
+    for state, own in reference.gradients.items():
+        error, where = own["packing_error"], own["packing_error_name"]
+        passed = error <= PACKING_ERROR
+        checks.append(Check(f"reference packed as unpacked, {state}", error, PACKING_ERROR, passed, where))
     for state, comparison in compared.items():
         error = comparison.reference_error
         near = 0 < error <= REFERENCE_ERROR  # no error at all means that the oracle is no oracle
@@ -147,10 +154,16 @@ def judge(
 ) -> Verdict:
     """The level an arm reached, with every check and the number that decided."""
     checks = preflight(reference, repeat, candidate, wanted, compared)
+    numeric = loss_checks(reference.losses, candidate.losses, sigma)
+    for state, comparison in compared.items():
+        numeric += gradient_checks(state, comparison)
     broken = [check for check in checks if not check.passed]
     if broken:
         worst = broken[0]
-        return Verdict(Level.INVALID, f"{worst.name}: no{_because(worst)}", tuple(checks))
+        beside = (
+            "" if worst.value is None or worst.limit is None else f", {_number(worst.value)} beside {_number(worst.limit)}"
+        )
+        return Verdict(Level.INVALID, f"{worst.name}: no{beside}{_because(worst)}", tuple(checks + numeric))
     difference = same_bits(reference, candidate)
     steps = len(reference.losses)
     if difference is None:
@@ -162,9 +175,6 @@ def judge(
     if claim is Exactness.BITWISE:
         checks.append(Check("bits of every step", None, None, False, f"first difference: {difference}"))
         return Verdict(Level.FAILED, f"claimed BITWISE, but {difference} differs", tuple(checks))
-    numeric = loss_checks(reference.losses, candidate.losses, sigma)
-    for state, comparison in compared.items():
-        numeric += gradient_checks(state, comparison)
     return _by_numbers(claim, checks, numeric)
 
 

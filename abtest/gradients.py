@@ -65,7 +65,8 @@ class Comparison:
     """A candidate's gradient errors beside the reference's, over the probe batches of one state.
 
     rho: error ratio of the worst parameter; geomean over parameters; row: error ratio of the worst row;
-    alpha: largest significant difference of the projection on the oracle; reference_error: median relative error.
+    alpha: largest significant difference of the projection on the oracle; reference_error: the reference's relative
+    error, root mean square over batches, median over parameters.
     share: of the parameters, how many have an oracle gradient that is not zero; the others can show nothing.
     """
 
@@ -93,7 +94,7 @@ def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]
                 ratios[key] = math.inf  # a gradient where the truth and the reference have none
             continue  # exactly zero, such as A's while B is zero
         e_reference, e_candidate = _error(reference, names), _error(candidate, names)
-        errors.append(e_reference)
+        errors.append(e_reference / math.sqrt(len(reference.error[names[0]])))
         ratios[key] = _ratio(e_candidate, e_reference)
     alphas = {key: _alpha(reference, candidate, names) for key, names in groups.items() if key in ratios}
     rows = {name: _worst_row(reference.rows[name], candidate.rows[name]) for name in reference.rows}

@@ -5,7 +5,10 @@ Run by `abtest.arm`. Whatever libraries print goes to stderr, so that the answer
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import math
 import os
 import resource
 import sys
@@ -19,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from abtest import fingerprint as fp
 from abtest.census import count_launches, model_flops
 from abtest.gradients import Distances
-from abtest.oracle import exact_gradients, make_exact
+from abtest.oracle import exact_gradients, make_exact, packing_error
 from abtest.perturb import kick
 from abtest.probes import probe_batches
 from loop import attention
@@ -105,13 +108,19 @@ class Worker:
         return self.run.dtype == torch.bfloat16
 
     def oracle(self, count: int, folder: str, state: str | None = None) -> dict:
-        """Writes the exact gradients of every probe batch to `folder`, one file a batch."""
+        """Writes the exact gradients of every probe batch to `folder`, one file a batch.
+
+        Answers with the largest error of the packed path in the same arithmetic, and the parameter that has it.
+        """
         self.load_weights(state)
+        errors = []
         for index, batch in enumerate(self._probes(count)):
-            gradients = exact_gradients(self.run, batch, self.exact)
-            save_file({n: g.cpu().contiguous() for n, g in gradients.items()}, Path(folder) / f"{index}.safetensors")
+            gradients = {n: g.cpu().contiguous() for n, g in exact_gradients(self.run, batch, self.exact).items()}
+            save_file(gradients, Path(folder) / f"{index}.safetensors")
+            errors.append(packing_error(self.run, batch, self.exact, gradients))
             self.event(event="step", step=index + 1, steps=count)
-        return {}
+        worst, where = max(errors, key=lambda error: math.inf if math.isnan(error[0]) else error[0])
+        return {"packing_error": worst, "packing_error_name": where}
 
     def gradients(self, count: int, folder: str, rows: str, state: str | None = None) -> dict:
         """This arm's gradients on the probe batches, as distances from the oracle's; row sums go to the file `rows`."""
@@ -182,6 +191,9 @@ COMMANDS = ("build", "free_run", "oracle", "gradients", "prepare_timing", "time_
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    for module in ("peft", "transformers"):  # while nobody waits: the first command may come later
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(module)
     worker = Worker(answers)
     for line in sys.stdin:
         request = json.loads(line)

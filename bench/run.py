@@ -149,7 +149,11 @@ class Bench:
         if not self.command.micro or optimization is None or optimization.op is None:
             return None
         device, _ = resolve_device(self.command)
-        return run_micro(optimization, device, ceilings=self.ceilings)
+        try:
+            return run_micro(optimization, device, ceilings=self.ceilings)
+        except RuntimeError as error:  # out of memory, say; the arm's own verdict and time stand
+            self.progress.say(f"{plan.name}: its microbenchmark broke off: {str(error).splitlines()[0]}")
+            return None
 
     def _skip_rest(self, done: int) -> None:
         self.progress.skip(arm_units(self.command) - done)

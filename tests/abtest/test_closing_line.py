@@ -1,0 +1,51 @@
+"""The line that closes a run of the lossless gates, from real runs of pytest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from abtest.opcheck import SEEDS, workloads_for
+from kernels.registry import discover
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = not torch.cuda.is_available()
+
+
+def gates(*arguments: str) -> tuple[int, list[str]]:
+    """Exit status and the lines of `pytest tests/lossless/test_ops.py`."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/lossless/test_ops.py", *arguments]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.skipif(not CPU, reason="says what a box without a GPU leaves out")
+def test_what_was_not_executed_is_counted_and_may_fail_the_run():
+    op = discover()["static_lora"].op
+    small = len(SEEDS) * len(workloads_for(op, torch.device("cpu")))
+    large = len(SEEDS) * len(op.workloads) - small
+    line = f"lossless: {small} gates executed on cpu (interpreter), {large} need a GPU"
+    assert small > 0 and large > 0
+    code, lines = gates("-k", "static_lora-")
+    assert code == 0 and lines[-2] == line
+    code, lines = gates("-k", "static_lora-", "--require-gpu")
+    assert code == 1
+    assert lines[-3:-1] == [line, f"--require-gpu: {large} gates were not executed, so this run fails"]
+
+
+@pytest.mark.skipif(not CPU, reason="says what a box without a GPU leaves out")
+def test_gates_that_are_skipped_for_hardware_count_as_needing_it():
+    op = discover()["ssm_fast_path"].op
+    code, lines = gates("-k", "ssm_fast_path-")
+    assert code == 0
+    assert lines[-2] == f"lossless: 0 gates executed on cpu (interpreter), {len(SEEDS) * len(op.workloads)} need a GPU"
+
+
+def test_without_a_gate_there_is_no_line():
+    _, lines = gates("-k", "every_op_has_a_workload", "--require-gpu")
+    assert lines and not any(line.startswith(("lossless:", "--require-gpu")) for line in lines)
