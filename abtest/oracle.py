@@ -108,7 +108,9 @@ def packing_error(run: Run, batch: PackedBatch, dtype: torch.dtype, truth: dict[
     for name, packed in run.optimizer.gradients().items():
         exact = truth[name].to(packed.device)
         norm, distance = float(exact.norm()), float((packed - exact).norm())
-        error = distance / norm if norm > 0 else (math.inf if distance > 0 else 0.0)
-        if not error <= worst:  # NaN, too
+        error = distance / norm if norm != 0 else (0.0 if distance == 0 else math.inf)
+        if math.isnan(error):
+            return error, name  # nothing outranks it
+        if error > worst:
             worst, where = error, name
     return worst, where

@@ -32,7 +32,9 @@ def evidence() -> Evidence:
         "loss": [8.0, 7.5, 7.0], "gradients": ["g0", "g1", "g2"], "state": ["s0", "s1", "s2"], "rng": ["r"] * STEPS,
         "lr": [0.1, 0.2, 0.1], "batch": ["b0", "b1", "b2"], "supervised": [5, 7, 6],
     }  # fmt: skip
-    probed = {"problems": [], "elements": 300, "fingerprints": ["f0", "f1"]}
+    probed = {
+        "problems": [], "elements": 300, "fingerprints": ["f0", "f1"], "packing_error": 1e-6, "packing_error_name": "q",
+    }  # fmt: skip
     return Evidence(build, free_run, {"start": probed, "end": copy.deepcopy(probed)})
 
 
@@ -118,6 +120,33 @@ def test_a_reference_far_from_the_oracle_or_equal_to_it_is_invalid(error):
     assert result.level is Level.INVALID and "reference close to the oracle, start" in result.reason
 
 
+@pytest.mark.parametrize("error", [math.nextafter(gate.PACKING_ERROR, 1), math.nan, math.inf])
+@pytest.mark.parametrize("claim", Exactness)
+@pytest.mark.parametrize("start", [evidence, rounded], ids=["same bits", "other bits"])
+@pytest.mark.parametrize("state", ["start", "end"])
+def test_a_reference_that_packs_wrongly_makes_every_arm_invalid_and_the_parameter_is_named(error, claim, start, state):
+    reference = evidence()
+    reference.gradients[state].update(packing_error=error, packing_error_name="layers.3.A_log")
+    result = verdict(start(), claim, reference=reference)
+    assert result.level is Level.INVALID
+    assert result.reason.startswith(f"reference packed as unpacked, {state}: no, {error:.3g} beside 0.001")
+    assert result.reason.endswith("(layers.3.A_log)")
+
+
+def test_an_invalid_verdict_lists_the_numbers_too():
+    candidate = rounded()
+    broken = dataclasses.replace(CLOSE, rho=99.0, rho_name="the one")
+    passing = verdict(candidate, comparison=broken)
+    put("build", "weights", "w1")(candidate)
+    result = verdict(candidate, comparison=broken)
+    assert passing.level is Level.FAILED and result.level is Level.INVALID
+    assert result.reason == "same initial weights in both arms: no"
+    assert [check.name for check in result.checks] == [check.name for check in passing.checks]
+    assert [(c.name, c.value) for c in result.checks if not c.passed and c.value] == [
+        (f"gradient error ratio, worst parameter, {state}", 99.0) for state in ("start", "end")
+    ]
+
+
 def test_an_oracle_that_is_silent_on_most_parameters_is_invalid():
     result = verdict(rounded(), comparison=dataclasses.replace(CLOSE, share=math.nextafter(gate.SHARE, 0)))
     assert result.level is Level.INVALID and "share of parameters with a gradient, start" in result.reason
@@ -181,10 +210,13 @@ def test_a_replica_that_diverged_lets_nothing_through(diverged):
 def test_exactly_at_every_limit_passes():
     candidate = rounded()
     candidate.free_run["loss"] = [8.0, 7.5, 7.0 + gate.LOSS_SIGMA * 0.25]
-    result = verdict(candidate, comparison=AT_LIMITS)
+    reference = evidence()
+    for answer in reference.gradients.values():
+        answer["packing_error"] = gate.PACKING_ERROR
+    result = verdict(candidate, comparison=AT_LIMITS, reference=reference)
     assert result.level is Level.ROUNDING
     at_limit = [check for check in result.checks if check.limit and check.value == check.limit]
-    assert len(at_limit) == 1 + 2 * 6  # the worst step; six numbers at each of two states
+    assert len(at_limit) == 1 + 2 * 7  # the worst step; seven numbers at each of two states
 
 
 @pytest.mark.parametrize(("number", "words"), [("rho", "worst parameter"), ("geomean", "geometric mean"),

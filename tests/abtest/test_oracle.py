@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from itertools import pairwise
 
 import planted
@@ -12,7 +13,8 @@ import torch
 from in_process import CONFIG
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from abtest.oracle import EXACT_DTYPE, exact_arithmetic, exact_gradients, make_exact, unpacked
+from abtest import worker
+from abtest.oracle import EXACT_DTYPE, exact_arithmetic, exact_gradients, make_exact, packing_error, unpacked
 from abtest.probes import probe_batches, tricky_batch
 from abtest.worker import Worker
 from loop.batch import IGNORE
@@ -107,6 +109,33 @@ def test_the_gradient_is_the_slope_that_only_fp64_can_measure(oracle, batches, t
 def test_the_packed_reference_agrees(batches, truth):
     reference = built()
     assert max(distance(reference, batch, exact) for batch, exact in zip(batches, truth, strict=True)) < AGREES
+
+
+def test_the_packing_error_is_the_worst_parameter_s_distance(oracle, batches, truth):
+    error, name = packing_error(oracle.run, batches[0], oracle.exact, truth[0])
+    assert 0 < error < 1e-12 and name in truth[0]  # fp64 throughout
+    for factor, wanted in ((1.25, 0.2), (0.0, math.inf), (math.nan, math.nan)):
+        first, *others = truth[0]
+        wrong = truth[0] | {first: factor * truth[0][first], others[0]: 1.01 * truth[0][others[0]]}
+        error, name = packing_error(oracle.run, batches[0], oracle.exact, wrong)
+        assert error == pytest.approx(wanted, rel=1e-9, nan_ok=True) and name == first
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf, 1e-3])
+def test_the_worker_answers_with_the_worst_batch(error, oracle, tmp_path, monkeypatch):
+    """Of the batches, the second is off; and where it is NaN, no number after it hides that."""
+    errors = iter([(1e-9, "first"), (error, "second"), (1e-6, "third")])
+    monkeypatch.setattr(worker, "packing_error", lambda *arguments: next(errors))
+    answer = oracle.oracle(3, str(tmp_path))
+    assert answer["packing_error_name"] == "second"
+    assert answer["packing_error"] == pytest.approx(error, nan_ok=True)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_only_fp64_switches_recomputation_off(oracle):
+    assert CONFIG.gradient_checkpointing and not oracle.run.model.is_gradient_checkpointing
+    wide = built(exact=True, config=dataclasses.replace(CONFIG, dtype="bfloat16"))
+    assert wide.exact is torch.float32 and wide.run.model.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_ctrl_c_ends_it_cleanly_and_a_second_run_appends(running):
     for line in process.stderr:
         if "static_lora: gradients" in line:
             break
-    assert len(workers_of(process.pid)) == 3  # itself, stock, static_lora
+    assert len(workers_of(process.pid)) == 4  # itself, stock, static_lora, and the spare for the arm after it
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from abtest.verdict import Level
 from bench.report import summary_json
-from bench.report.shipping import decide, quoted, to_toml
+from bench.report.shipping import decide, quoted, timing_floor, to_toml
 
 LOSSLESS = [level for level in Level if level.lossless]
 
@@ -82,6 +82,44 @@ def test_peers_and_the_reference_never_ship():
 def test_nothing_ships_beside_a_reference_that_can_not_be_trusted(level):
     shipping = decide([synthetic.record("stock", level, role="reference"), single("a", 1.5)])
     assert shipping.enable == () and shipping.not_enabled["a"].startswith(f"the reference itself is {level.value}")
+
+
+def repeat(ratio):
+    """The reference timed against itself."""
+    return single("stock again", ratio, Level.BITWISE, role="repeat", optimizations=())
+
+
+@pytest.mark.parametrize(("ratio", "floor"), [(None, 1.0), (1.0, 1.0), (1.04, 1.04), (0.8, 1.25)])
+def test_the_floor_is_how_far_equal_arms_came_out_apart(ratio, floor):
+    assert timing_floor([synthetic.reference(), repeat(ratio), single("a", 9.0)]) == pytest.approx(floor)
+
+
+def test_without_a_repeat_the_floor_is_one():
+    assert timing_floor([synthetic.reference(), single("a", 9.0)]) == 1.0
+
+
+@pytest.mark.parametrize("again", [1.04, 1 / 1.04], ids=["repeat faster", "repeat slower"])
+def test_a_gain_no_larger_than_the_reference_shows_against_itself_does_not_ship(again):
+    arms = [single("a", 1.05, width=0.02), single("b", 1.07, width=0.02)]
+    assert decide([synthetic.reference(), *arms]).not_enabled.keys() == {"a"}  # both gains would be real
+    shipping = decide([synthetic.reference(), repeat(again), *arms])
+    assert shipping.enable == ("b",) and shipping.basis.arm == "b"
+    assert shipping.not_enabled == {
+        "a": "lossless but no measurable gain: ratio 1.05x [1.03, 1.07]; the reference against itself reaches 1.040"
+    }
+    assert decide([synthetic.reference(), repeat(again), arms[0]]).enable == ()
+
+
+def test_the_floor_itself_is_not_exceeded_by_reaching_it():
+    at, above = single("a", 1.25, width=0.125), single("a", 1.25, width=0.124)
+    assert at.perf.ratio_low == 1.125
+    assert decide([synthetic.reference(), repeat(1.125), at]).enable == ()
+    assert decide([synthetic.reference(), repeat(1.125), above]).enable == ("a",)
+
+
+def test_a_slower_arm_is_called_slower_beside_any_floor():
+    reason = decide([synthetic.reference(), repeat(1.04), single("a", 0.8)]).not_enabled["a"]
+    assert reason == "lossless but slower: ratio 0.80x [0.78, 0.82]; the reference against itself reaches 1.040"
 
 
 ARMS = st.builds(

@@ -1,0 +1,84 @@
+"""The process kept ready for the arm after this one: handed on, and never left behind."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from in_process import CONFIG, SETTINGS, silent
+
+from abtest.arm import Arm, ArmFailed, ArmSpec
+from abtest.experiment import Experiment
+
+# Answers every command with its own process id, as long as somebody may still ask.
+STAND_IN = """#!/bin/sh
+while read -r line; do echo "{\\"answer\\": {\\"pid\\": $$}}"; done
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch) -> Experiment:
+    script = tmp_path / "python"
+    script.write_text(STAND_IN, encoding="utf-8")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return Experiment(CONFIG, SETTINGS, tmp_path, dict(os.environ), silent)
+
+
+def ended(arm: Arm) -> bool:
+    return arm.process.poll() is not None and not Path(f"/proc/{arm.process.pid}").exists()
+
+
+def test_the_next_arm_takes_the_spare_under_its_own_name(experiment):
+    with experiment:
+        first, spec = experiment.spare, ArmSpec("faster", CONFIG, ("faster",))
+        assert first is not experiment.reference_arm and not ended(first)
+        with experiment._arm(spec) as arm:
+            assert arm is first and arm.spec == spec
+            assert arm.build() == {"pid": first.process.pid}
+            second = experiment.spare
+            assert second.process.pid not in (first.process.pid, experiment.reference_arm.process.pid)
+            assert not ended(second)
+        assert ended(first) and not ended(second) and not ended(experiment.reference_arm)
+    assert ended(second) and ended(experiment.reference_arm)
+
+
+def test_every_process_ends_with_the_experiment(experiment):
+    with experiment:
+        experiment.repeat_arm = experiment._arm(ArmSpec("stock again", CONFIG))
+        arms = [experiment.reference_arm, experiment.repeat_arm, experiment.spare]
+        assert len({arm.process.pid for arm in arms}) == 3 and not any(ended(arm) for arm in arms)
+    assert all(ended(arm) for arm in arms)
+
+
+def test_the_repeat_ends_once_and_the_spare_with_the_experiment(experiment):
+    with experiment:
+        experiment.repeat_arm = repeat = experiment._arm(ArmSpec("stock again", CONFIG))
+        experiment.end_repeat()
+        assert ended(repeat) and not ended(experiment.spare)
+    assert ended(experiment.spare)
+
+
+def test_a_spare_that_is_gone_fails_the_arm_that_takes_it_and_no_other(experiment):
+    with experiment:
+        gone = experiment.spare
+        gone.process.kill()
+        gone.process.wait()
+        with (
+            pytest.raises(ArmFailed, match=r"process of arm unlucky ended with code -9"),
+            experiment._arm(ArmSpec("unlucky", CONFIG)) as arm,
+        ):
+            arm.build()
+        with experiment._arm(ArmSpec("next", CONFIG)) as arm:
+            assert arm.build() == {"pid": arm.process.pid}
+
+
+def test_real_workers_that_are_still_importing_do_not_outlive_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), Experiment(CONFIG, SETTINGS, tmp_path, dict(os.environ), silent) as experiment:
+        arms = [experiment.reference_arm, experiment.spare]
+        assert not any(ended(arm) for arm in arms)
+        raise ZeroDivisionError
+    assert all(ended(arm) for arm in arms)
