@@ -8,9 +8,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from loop.cli import guarded, parse
 from loop.config import Config
+
+if TYPE_CHECKING:
+    from loop.training import RunLog
 
 
 @dataclass(frozen=True)
@@ -96,5 +101,17 @@ def _result(config: Config, log) -> dict:
     }  # fmt: skip
 
 
+class _CallableModule(ModuleType):
+    """Importing this module puts it where the function `loop.train` is looked up, so it trains when called."""
+
+    def __call__(self, config: Config, *arguments: Any, **options: Any) -> RunLog:
+        """As `loop.training.train`."""
+        from loop.training import train
+
+        return train(config, *arguments, **options)
+
+
 if __name__ == "__main__":
     guarded(main)
+else:
+    sys.modules[__name__].__class__ = _CallableModule

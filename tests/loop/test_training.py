@@ -154,3 +154,12 @@ def test_the_package_offers_train_and_config():
     code = "import loop; print(loop.train.__module__, loop.Config.__module__, loop.RunLog.__name__)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.split() == ["loop.training", "loop.config", "RunLog"]
+
+
+def test_the_function_survives_an_import_of_the_command(make):
+    import importlib
+
+    import loop
+
+    importlib.import_module("loop.train")  # python puts the module where the function was
+    assert len(loop.train(make(steps=1)).steps) == 1
