@@ -154,7 +154,7 @@ def judge(
 ) -> Verdict:
     """The level an arm reached, with every check and the number that decided."""
     checks = preflight(reference, repeat, candidate, wanted, compared)
-    numeric = loss_checks(reference.losses, candidate.losses, sigma)
+    numeric = loss_checks(reference.losses, candidate.losses, sigma) if _same_length(reference, candidate) else []
     for state, comparison in compared.items():
         numeric += gradient_checks(state, comparison)
     broken = [check for check in checks if not check.passed]
@@ -176,6 +176,10 @@ def judge(
         checks.append(Check("bits of every step", None, None, False, f"first difference: {difference}"))
         return Verdict(Level.FAILED, f"claimed BITWISE, but {difference} differs", tuple(checks))
     return _by_numbers(claim, checks, numeric)
+
+
+def _same_length(reference: Evidence, candidate: Evidence) -> bool:
+    return len(reference.losses) == len(candidate.losses)  # if not, preflight has said so
 
 
 def _by_numbers(claim: Exactness, checks: list[Check], numeric: list[Check]) -> Verdict:

@@ -27,6 +27,25 @@ def time_arms(reference: Arm, candidate: Arm, settings: TimingConfig, matmul_rat
 
     matmul_rate: the measured matrix-product rate of the device, FLOP/s.
     """
+    totals, one, other = _in_turn(reference, candidate, settings, on_progress)
+    return _perf(candidate, totals, other, ratio_interval(one, other), settings, matmul_rate)
+
+
+def time_equals(
+    reference: Arm, repeat: Arm, settings: TimingConfig, matmul_rate: float, on_progress: OnProgress
+) -> tuple[Perf, Perf]:
+    """The reference and its second process in turn: Perf of the first, whose ratio is 1 by definition, and of the second."""
+    totals, one, other = _in_turn(reference, repeat, settings, on_progress)
+    return (
+        _perf(reference, totals, one, (1.0, 1.0, 1.0), settings, matmul_rate),
+        _perf(repeat, totals, other, ratio_interval(one, other), settings, matmul_rate),
+    )
+
+
+def _in_turn(
+    reference: Arm, candidate: Arm, settings: TimingConfig, on_progress: OnProgress
+) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
+    """What a block processes, and the seconds of every block of either side; who goes first alternates."""
     totals = _prepare(candidate, settings)
     _prepare(reference, settings)
     pairs = []
@@ -36,17 +55,7 @@ def time_arms(reference: Arm, candidate: Arm, settings: TimingConfig, matmul_rat
         pairs.append((seconds[reference.spec.name], seconds[candidate.spec.name]))
         on_progress(candidate.spec.name, "timing", block + 1, settings.blocks)
     one, other = np.array(pairs).T
-    return _perf(candidate, totals, other, ratio_interval(one, other), settings, matmul_rate)
-
-
-def time_alone(reference: Arm, settings: TimingConfig, matmul_rate: float, on_progress: OnProgress) -> Perf:
-    """Perf of the reference; its ratio to itself is 1 by definition."""
-    totals = _prepare(reference, settings)
-    seconds = []
-    for block in range(settings.blocks):
-        seconds.append(reference.call("time_block")["seconds"])
-        on_progress(reference.spec.name, "timing", block + 1, settings.blocks)
-    return _perf(reference, totals, seconds, (1.0, 1.0, 1.0), settings, matmul_rate)
+    return totals, one, other
 
 
 def _prepare(arm: Arm, settings: TimingConfig) -> dict[str, int]:

@@ -21,7 +21,7 @@ from abtest.arm import ArmFailed, ArmSpec
 from abtest.experiment import Candidate, Experiment, GateConfig
 from abtest.verdict import Level, Verdict
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.clock import TimingConfig, time_alone, time_arms
+from bench.clock import TimingConfig, time_arms, time_equals
 from bench.environment import describe
 from bench.micro import run_micro
 from bench.plan import ArmPlan, combination, plan_arms
@@ -97,8 +97,7 @@ class Bench:
         perf, again = None, None
         if verdict.level.lossless:
             stock, repeat = self.experiment.reference_arm, self.experiment.repeat_arm
-            perf = time_alone(stock, self.command.timing, self.matmul_rate, self.progress)
-            again = time_arms(stock, repeat, self.command.timing, self.matmul_rate, self.progress)
+            perf, again = time_equals(stock, repeat, self.command.timing, self.matmul_rate, self.progress)
         self.experiment.end_repeat()
         paths = evidence.build["paths"]
         self.keep(plan, verdict, evidence.losses, perf, paths=paths)
@@ -170,7 +169,7 @@ def arm_units(command: Command) -> int:
 def planned_units(command: Command, arms: int) -> int:
     """Units of work for the progress bar: a unit is a step of training, a probe batch or a block of timing."""
     gate = command.gate
-    reference = 4 * gate.probes + (2 + gate.replicas) * gate.steps + 2 * command.timing.blocks
+    reference = 4 * gate.probes + (2 + gate.replicas) * gate.steps + command.timing.blocks
     return reference + (arms + command.combine) * arm_units(command)
 
 

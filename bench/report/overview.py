@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abtest.verdict import Check, Level
-from bench.records import Record
+from bench.records import Perf, Record
 from bench.report.devices import Device
 from bench.report.pages import why_untimed
 from bench.report.shipping import BASELINES, Shipping
@@ -74,7 +74,7 @@ def index_page(devices: Sequence[tuple[Device, Shipping]]) -> str:
             f"[{prose(device.name)}]({device.slug}/README.md)",
             f"**{names(shipping.enable)}**" if basis else "nothing: see the report",
             f"**{ratio(after)}**" if after else NOTHING,
-            _change(before and per_second(before.real_tokens_per_s), after and per_second(after.real_tokens_per_s)),
+            _speeds(before, after),
             _change(before and memory(before.peak_memory_bytes), after and memory(after.peak_memory_bytes)),
             basis.verdict.level.value if basis else NOTHING,
             setting(newest),
@@ -88,6 +88,14 @@ def index_page(devices: Sequence[tuple[Device, Shipping]]) -> str:
     return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{how}\n\n{LEGEND}\n"
 
 
+def _speeds(before: Perf | None, after: Perf | None) -> str:
+    """Real tokens a second of the reference and of what ships. The reference's is that of the same turns, so that the
+    arrow and the ratio say the same; its own row may be of quieter or busier minutes."""
+    if after is None:
+        return _change(before and per_second(before.real_tokens_per_s), None)
+    return _change(per_second(after.real_tokens_per_s / after.ratio), per_second(after.real_tokens_per_s))
+
+
 def _change(before: str | None, after: str | None) -> str:
     return " → ".join(value for value in (before, after) if value) or NOTHING
 
@@ -97,7 +105,7 @@ def _headline(device: Device, shipping: Shipping) -> str:
     if basis is None:
         return "> **Nothing ships here yet.** The table says why; train with the reference, which is the default."
     before, after = device.reference.perf if device.reference else None, basis.perf
-    change = _change(before and per_second(before.real_tokens_per_s), per_second(after.real_tokens_per_s))
+    change = _speeds(before, after)
     used = _change(before and memory(before.peak_memory_bytes), memory(after.peak_memory_bytes))
     return (
         f"> **Switch on {names(shipping.enable)}: {ratio(after)} the reference's speed, lossless"
