@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -127,22 +128,22 @@ class Experiment:
 
     def gate_arm(self, spec: ArmSpec, claim: Exactness) -> Candidate:
         """Builds and runs an arm in a fresh process and judges it. The caller ends the arm. Raises ArmFailed."""
-        arm = self._arm(spec)
-        try:
+        with ExitStack() as stack:
+            arm = stack.enter_context(self._arm(spec))
             build = arm.build()
-            if build["refused"]:
-                reason = "; ".join(
-                    f"{name}: {why}" if len(spec.optimizations) > 1 else why for name, why in build["refused"].items()
-                )
-                return Candidate(arm, Verdict(Level.NOT_RUN, reason), None)
-            gradients = {STATES[0]: self._gradients(arm, STATES[0])}
-            run = self._free_run(arm)
-            gradients[STATES[1]] = self._gradients(arm, STATES[1])
-        except BaseException as error:
-            arm.__exit__(type(error), error, None)
-            raise
-        evidence = Evidence(build, run, gradients)
+            evidence = None if build["refused"] else self._evidence(arm, build)
+            stack.pop_all()  # it goes on living, for timing
+        if evidence is None:
+            named = len(spec.optimizations) > 1
+            reason = "; ".join(f"{name}: {why}" if named else why for name, why in build["refused"].items())
+            return Candidate(arm, Verdict(Level.NOT_RUN, reason), None)
         return Candidate(arm, self._judge(claim, evidence, spec.optimizations), evidence)
+
+    def _evidence(self, arm: Arm, build: dict) -> Evidence:
+        gradients = {STATES[0]: self._gradients(arm, STATES[0])}
+        run = self._free_run(arm)
+        gradients[STATES[1]] = self._gradients(arm, STATES[1])
+        return Evidence(build, run, gradients)
 
     def _judge(self, claim: Exactness, evidence: Evidence, wanted: Sequence[str]) -> Verdict:
         elements = self.reference.build["elements"]

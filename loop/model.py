@@ -69,8 +69,11 @@ def load_model(config: Config, vocab_size: int) -> nn.Module:
     Random weights depend on `config.seed` and the device alone. `vocab_size` sizes the tiny shapes; any other model must
     have at least that many embeddings. Raises UserError for a model that can't be loaded.
     """
+    from transformers.utils import logging as transformers_logging
+
     device, dtype = resolve_device(config)
     folder = checkpoint_folder(config.model)
+    transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its fallback warnings tell users to install the fast path
     with hidden_fast_paths():
         model = _from_shape(config, vocab_size, device, dtype) if folder is None else _from_checkpoint(folder, dtype)
