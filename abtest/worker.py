@@ -71,10 +71,10 @@ class Worker:
             batches = self._step_batches(step)
             supervised = sum(batch.supervised_tokens for batch in batches)
             sums = accumulate(self.run, batches, supervised)
-            gradients = fp.fingerprint(self.run.optimizer.gradients())
+            if kick_seed is None:  # of a kicked run only the losses are asked for
+                out["gradients"].append(fp.fingerprint(self.run.optimizer.gradients()))
             lr, _ = self.run.optimizer.step(step)
             if kick_seed is None:
-                out["gradients"].append(gradients)
                 out["state"].append(fp.fingerprint(self.run.optimizer.state()))
                 out["rng"].append(fp.rng_fingerprint(self.run.device))
                 out["batch"].append(fp.batch_fingerprint(batches))
@@ -99,13 +99,9 @@ class Worker:
         """Teacher forcing: the reference's trained weights, rounded as the compute dtype rounds them."""
         if state is None:
             return
+        parameters = trainable(self.run.model)
         for name, value in load_file(state).items():
-            parameter = trainable(self.run.model)[name]
-            rounded = value.to(torch.bfloat16).float() if self._computes_in_bf16() else value
-            parameter.copy_(rounded)
-
-    def _computes_in_bf16(self) -> bool:
-        return self.run.dtype == torch.bfloat16
+            parameters[name].copy_(value.to(self.run.dtype))
 
     def oracle(self, count: int, folder: str, state: str | None = None) -> dict:
         """Writes the exact gradients of every probe batch to `folder`, one file a batch.

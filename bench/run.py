@@ -31,7 +31,7 @@ from bench.report import render, summary_json
 from kernels import registry
 from kernels.contract import Exactness
 from loop.cli import guarded, parse
-from loop.config import Config
+from loop.config import Config, config_of
 from loop.errors import UserError
 from loop.model import resolve_device
 from loop.recipe import load_recipe, to_plain
@@ -210,8 +210,7 @@ def _default(arguments: list[str]) -> Command:
 
 def _config(command: Command) -> Config:
     """The arms' configuration: as many steps as the gate runs, and attention that repeats itself while it does."""
-    config = Config(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Config)})
-    return dataclasses.replace(config, steps=command.gate.steps, repeatable_attention=True)
+    return dataclasses.replace(config_of(command), steps=command.gate.steps, repeatable_attention=True)
 
 
 def _check(command: Command) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -71,3 +71,8 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def config_of(command: Config) -> Config:
+    """The configuration within a command's flags, without those that the command adds."""
+    return Config(**{f.name: getattr(command, f.name) for f in fields(Config)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -12,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from loop.cli import guarded, parse
-from loop.config import Config
+from loop.config import Config, config_of
 
 if TYPE_CHECKING:
     from loop.training import RunLog
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from loop.shipping import REPORTS, read_shipping
     from loop.training import NonFiniteLoss, train
 
-    config = Config(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Config)})
+    config = config_of(command)
     device, dtype = resolve_device(config)
     names, about = command.enable, [f"{config.model}, {config.method}, {_word(dtype)} on {device_name(device)}"]
     if names is None:
