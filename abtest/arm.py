@@ -30,11 +30,15 @@ class ArmFailed(Exception):
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """What an arm is: its name, what it switches on, its configuration. `exact` makes it the oracle."""
+    """What an arm is: its name, what it switches on, its configuration.
+
+    `planted` is a case of the catalogue that is planted on top; `exact` makes the arm the oracle.
+    """
 
     name: str
     config: Config
     optimizations: tuple[str, ...] = ()
+    planted: str | None = None
     exact: bool = False
 
 
@@ -66,8 +70,13 @@ class Arm:
     def build(self) -> dict[str, Any]:
         """The arm's run, built; `built` keeps the answer."""
         config = to_plain(self.spec.config)
-        optimizations = list(self.spec.optimizations)
-        self.built = self.call("build", config=config, optimizations=optimizations, exact=self.spec.exact)
+        self.built = self.call(
+            "build",
+            config=config,
+            optimizations=list(self.spec.optimizations),
+            planted=self.spec.planted,
+            exact=self.spec.exact,
+        )
         return self.built
 
     def call(self, command: str, on_step: OnStep | None = None, **arguments: Any) -> dict[str, Any]:

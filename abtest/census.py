@@ -1,14 +1,96 @@
-"""Which kernels a micro-step launches, and how many FLOPs its matrix products take."""
+"""What a micro-step runs: operators, modules, device kernels, graph replays, and the FLOPs of its matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loop.lora import adapters
 from loop.run import Run
+
+
+class _Operators(TorchDispatchMode):
+    """Counts what goes through PyTorch's dispatcher, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def work(step: Callable[[], object], cuda: bool) -> dict[str, dict[str, int]]:
+    """What `step` runs and keeps, counted by name: "operators" of the dispatcher, "modules" by class, "kernels" on the
+    device, "kept": bytes that forward keeps for backward."""
+    modules: Counter[str] = Counter()
+    kept = [0]
+
+    def called(module: nn.Module, arguments: object, output: object) -> None:
+        modules[f"{type(module).__module__}.{type(module).__qualname__}"] += 1
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[0] += tensor.nbytes
+        return tensor
+
+    handle = register_module_forward_hook(called)
+    try:
+        with _Operators() as operators, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            step()
+    finally:
+        handle.remove()
+    return {
+        "operators": dict(sorted(operators.counts.items())),
+        "modules": dict(sorted(modules.items())),
+        "kernels": count_launches(step)[1] if cuda else {},
+        "kept": {"bytes for backward": kept[0]},
+    }
+
+
+@dataclass(frozen=True)
+class Change:
+    """Two censuses side by side. new: names that the reference never runs. gone: names that it runs more often."""
+
+    new: tuple[str, ...]
+    gone: tuple[str, ...]
+
+    @property
+    def new_names(self) -> list[str]:
+        return [name.rpartition(" x")[0] for name in self.new]
+
+
+def changes(reference: dict[str, dict[str, int]], candidate: dict[str, dict[str, int]]) -> Change:
+    new, gone = [], []
+    for kind, counts in candidate.items():
+        own = reference[kind]
+        new += [f"{name} x{count}" for name, count in counts.items() if name not in own]
+        gone += [f"{name} -{count - counts.get(name, 0)}" for name, count in own.items() if counts.get(name, 0) < count]
+    return Change(tuple(new), tuple(gone))
+
+
+@contextmanager
+def counted_replays() -> Iterator[list[int]]:
+    """Counts replays of CUDA graphs inside; the list holds one number."""
+    count = [0]
+    original = torch.cuda.CUDAGraph.replay
+
+    def replay(graph) -> None:
+        count[0] += 1
+        original(graph)
+
+    torch.cuda.CUDAGraph.replay = replay
+    try:
+        yield count
+    finally:
+        torch.cuda.CUDAGraph.replay = original
 
 
 def count_launches(step: Callable[[], object]) -> tuple[int, dict[str, int]]:

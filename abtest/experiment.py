@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from safetensors.torch import load_file
-
-from abtest import gate
+from abtest import gate, states, trace
 from abtest.arm import Arm, ArmSpec
-from abtest.gate import Evidence
-from abtest.gradients import Comparison, Distances, compare
+from abtest.census import changes
+from abtest.evidence import Evidence, noise_floor
+from abtest.gradients import Comparison, compare
+from abtest.settings import GateConfig, OnProgress
+from abtest.tripwire import read_distances, read_tripwire
+from abtest.truths import Truths
 from abtest.verdict import Level, Verdict
 from kernels.contract import Exactness
 from loop.config import Config
 
-OnProgress = Callable[[str, str, int, int], None]  # arm, phase, done, total
-STATES = ("at the start", "after training")
-
-
-@dataclass(frozen=True)
-class GateConfig:
-    """How much evidence the gate gathers. None of these is a tolerance."""
-
-    steps: int = 30  # of the free run
-    replicas: int = 8  # kicked references behind the noise floor
-    probes: int = 10  # batches on which gradients are compared, at each of two states
+RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm
+TRIPWIRE_PROBES = 3
+STRUCTURE_PROBES = (0, 1)  # a real pack and a tricky one
 
 
 @dataclass
 class Candidate:
-    """An arm that went through the gate. `arm` still runs, for timing; `evidence` is None when it did not get that far."""
+    """An arm that went through the gate. `arm` still runs, for timing; `evidence` is None when it did not get that far.
+
+    compared: gradients beside the oracle's, by state. trace: where it begins to differ, if that was asked for.
+    """
 
     arm: Arm
     verdict: Verdict
     evidence: Evidence | None
+    compared: dict[str, Comparison] = field(default_factory=dict)
+    trace: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Experiment:
     """Use as a context manager. `prepare()` first, then `gate_arm` for every arm.
 
-    folder: scratch space for gradients and weights. environment: of the arms' processes. on_progress(arm, phase, done,
-    total) is called after every step.
+    folder: scratch space for weights and row sums. environment: of the arms' processes. on_progress(arm, phase, done,
+    total) is called after every step, from several threads where arms work in parallel.
     """
 
     def __init__(
@@ -52,16 +54,20 @@ class Experiment:
     ) -> None:
         self.config, self.settings = config, settings
         self.folder, self.environment, self.on_progress = folder, environment, on_progress
+        self.states = states.names(settings.steps)
+        self.weights = {state: str(folder / f"state-{index}.safetensors") for index, state in enumerate(self.states)}
+        self.resync: dict[str, str] = {}
         self.spare: Arm | None = None
         self.repeat_arm: Arm | None = None
+        self.seconds: dict[str, float] = {}
         self.reference_arm = self._arm(ArmSpec("stock", config))
-        self.trained = str(folder / "trained.safetensors")
+        self.truths = Truths(lambda: self._arm(ArmSpec("oracle", config, exact=True)), settings, self.weights, on_progress)
 
     def __enter__(self) -> Experiment:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for arm in (self.reference_arm, self.repeat_arm, self.spare):
+        for arm in (self.reference_arm, self.repeat_arm, self.truths.arm, self.spare):
             if arm is not None:
                 arm.__exit__(kind, error, trace)
 
@@ -80,81 +86,165 @@ class Experiment:
     def _step(self, arm: str, phase: str) -> Callable[[int, int], None]:
         return lambda done, total: self.on_progress(arm, phase, done, total)
 
+    def _together(self, *tasks: Callable[[], Any]) -> list[Any]:
+        """Runs tasks that need different arms, as many at a time as settings allow; the first error is raised."""
+        if self.settings.parallel == 1:
+            return [task() for task in tasks]
+        with ThreadPoolExecutor(self.settings.parallel) as pool:
+            return [future.result() for future in [pool.submit(task) for task in tasks]]
+
+    # The reference, and all that candidates are compared with
+
     def prepare(self) -> None:
         """Runs the reference, its oracle, its repeat and its kicked replicas."""
-        oracle_folders = {state: self.folder / f"oracle-{index}" for index, state in enumerate(STATES)}
-        self.oracle_folders = oracle_folders
-        for folder in oracle_folders.values():
-            folder.mkdir()
-        build = self.reference_arm.build()
-        with self._arm(ArmSpec("oracle", self.config, exact=True)) as oracle:
-            oracle.build()
-            packing = {STATES[0]: self._oracle(oracle, STATES[0], None)}
-            gradients = {STATES[0]: self._gradients(self.reference_arm, STATES[0])}
-            run = self._free_run(self.reference_arm, save_state=self.trained)
-            packing[STATES[1]] = self._oracle(oracle, STATES[1], self.trained)
-        gradients[STATES[1]] = self._gradients(self.reference_arm, STATES[1])
-        gradients = {state: answer | packing[state] for state, answer in gradients.items()}
-        self.reference = Evidence(build, run, gradients)
-        self.replicas, self.sigma = [], gate.noise_floor(run["loss"], [])
+        began = time.monotonic()
+        reference = self.reference_arm
         self.repeat_arm = self._arm(ArmSpec("stock again", self.config))
-        self.repeat = Evidence(self.repeat_arm.build(), self._free_run(self.repeat_arm))
-        for seed in range(self.settings.replicas):
-            kicked = self._free_run(self.repeat_arm, phase=f"noise floor {seed + 1}", kick_seed=seed)
-            self.replicas.append(kicked["loss"])
-        self.sigma = gate.noise_floor(run["loss"], self.replicas)
+        build, _, again = self._together(reference.build, self.truths.build, self.repeat_arm.build)
+        if build["state_bytes"] <= RESYNC_BYTES:
+            self.resync = {
+                str(s): str(self.folder / f"resync-{s}.safetensors") for s in states.resync_steps(self.settings.steps)
+            }
+        reference.call("save_weights", path=self.weights[self.states[0]])
+        # Not resynced: the repeat must come to the same weights by itself.
+        run, repeated, _ = self._together(
+            self._train,
+            lambda: self._free_run(self.repeat_arm, resync={}),
+            lambda: self.truths.prefetch(self.states[:1]),
+        )
+        self.repeat = Evidence(again, repeated)
+        with ExitStack() as helpers:
+            arms = [self.repeat_arm]
+            for index in range(min(self.settings.parallel - 2, self.settings.replicas - 1)):
+                arms.append(helpers.enter_context(self._arm(ArmSpec(f"replica {index}", self.config))))
+            shares = [(arm, list(range(self.settings.replicas))[index :: len(arms)]) for index, arm in enumerate(arms)]
+            evidence, _, *losses = self._together(
+                lambda: self._evidence(reference, build, run, candidate=False),
+                self._exact_rest,
+                *(lambda arm=arm, seeds=seeds: self._replicas(arm, seeds) for arm, seeds in shares),
+            )
+        self.reference = evidence
+        self.replicas = [loss for share in losses for loss in share]
+        self.sigma = noise_floor(run["loss"], self.replicas)
+        self.seconds["prepare"] = time.monotonic() - began
 
-    def _oracle(self, oracle: Arm, state: str, weights: str | None) -> dict:
-        folder = str(self.oracle_folders[state])
-        return oracle.call("oracle", self._step("oracle", state), count=self.settings.probes, folder=folder, state=weights)
+    def _exact_rest(self) -> None:
+        """The oracle's other states, and its trace; then it makes room."""
+        self.truths.prefetch(self.states[1:])
+        self.oracle_trace = self._trace(self.truths.arm)
+        self.truths.end()
+
+    def _train(self) -> dict:
+        """The reference's free run, which leaves its weights at three states, and then the overfit state."""
+        _, slow, late, overfit = self.states
+        steps = self.settings.steps
+        at = {str(steps // 3): self.weights[slow], str(steps - 1): self.weights[late]}
+        answer = self.reference_arm.call(
+            "free_run",
+            self._step("stock", "training"),
+            steps=steps,
+            states_to=at,
+            slow=str(steps // 3),
+            resync_to=self.resync,
+        )
+        self.memorised = self.reference_arm.call("overfit", path=self.weights[overfit])
+        return answer
+
+    def _free_run(self, arm: Arm, phase: str = "training", resync: dict[str, str] | None = None, **arguments: Any) -> dict:
+        step = self._step(arm.spec.name, phase)
+        resync = self.resync if resync is None else resync
+        return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
+
+    def _replicas(self, arm: Arm, seeds: Sequence[int]) -> list[list[float]]:
+        if not hasattr(arm, "built"):
+            arm.build()
+        return [self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"] for seed in seeds]
+
+    # An arm's evidence
+
+    def _evidence(self, arm: Arm, build: dict, run: dict, candidate: bool) -> Evidence:
+        gradients = {state: self._gradients(arm, state) for state in self.states}
+        if not candidate:
+            for state, answer in gradients.items():
+                notes = self.truths.notes[state]
+                error, where = notes["packing_error"]
+                answer |= {
+                    "packing_error": error,
+                    "packing_error_name": where,
+                    "recurrence_error": notes.get("recurrence_error"),
+                }
+        slow = self.truths.at(self.states[1])
+        repeats = self.settings.repeats if candidate else 3
+        step = self._step(arm.spec.name, "structure")
+        findings = arm.call("structure", step, **slow, indexes=list(STRUCTURE_PROBES), repeats=repeats)["findings"]
+        work = arm.call("work", **slow, index=1)
+        wire = self._tripwire(arm, work) if candidate else None
+        update = arm.call("update", **slow)
+        return Evidence(build, run, gradients, findings + update.pop("findings"), update, work, wire)
 
     def _gradients(self, arm: Arm, state: str) -> dict:
-        name = arm.spec.name
-        rows = str(self.folder / f"rows-{name}-{STATES.index(state)}.safetensors")
-        weights = self.trained if state == STATES[1] else None
-        answer = arm.call(
-            "gradients", self._step(name, f"gradients {state}"), count=self.settings.probes,
-            folder=str(self.oracle_folders[state]), rows=rows, state=weights,
-        )  # fmt: skip
-        return answer | {"rows": rows}
+        for index in range(self.settings.probes):
+            arm.call("gradients", **self.truths.at(state), index=index, truth=self.truths.get(state, index))
+            self.on_progress(arm.spec.name, f"gradients, {state}", index + 1, self.settings.probes)
+        return arm.call("distances", state=state, rows=self._rows(arm, state))
 
-    def _free_run(self, arm: Arm, phase: str = "training", **arguments) -> dict:
-        return arm.call("free_run", self._step(arm.spec.name, phase), steps=self.settings.steps, **arguments)
+    def _rows(self, arm: Arm, state: str) -> str:
+        return str(self.folder / f"rows-{arm.spec.name.replace('/', '-')}-{self.states.index(state)}.safetensors")
+
+    def _tripwire(self, arm: Arm, work: dict) -> dict[str, Any]:
+        """Bends the arm's own parts, and says whether a gate over those gradients turns red."""
+        state = self.states[1]
+        truths = {str(index): self.truths.get(state, index) for index in range(min(TRIPWIRE_PROBES, self.settings.probes))}
+        own = [name for name in changes(self.reference.work, work).new_names if not name.startswith(("aten::", "prim"))]
+        answer = arm.call(
+            "tripwire", **self.truths.at(state), truths=truths, new_operators=own, rows=self._rows(arm, state) + ".bent"
+        )
+        return read_tripwire(state, self.reference.gradients[state], answer, self.reference.build["elements"])
+
+    def _trace(self, arm: Arm) -> str:
+        path = str(self.folder / f"trace-{arm.spec.name}.safetensors")
+        arm.call("trace", **self.truths.at(self.states[2]), index=0, path=path)
+        return path
+
+    # Verdicts
 
     def repeat_verdict(self) -> Verdict:
         """The reference against itself in a second process; anything but BITWISE makes every comparison worthless."""
         bare = Evidence(self.reference.build, self.reference.free_run)
         return gate.judge(Exactness.BITWISE, bare, None, self.repeat, (), self.sigma, {})
 
-    def gate_arm(self, spec: ArmSpec, claim: Exactness) -> Candidate:
+    def gate_arm(self, spec: ArmSpec, claim: Exactness, traced: bool = False) -> Candidate:
         """Builds and runs an arm in a fresh process and judges it. The caller ends the arm. Raises ArmFailed."""
+        began = time.monotonic()
         with ExitStack() as stack:
             arm = stack.enter_context(self._arm(spec))
             build = arm.build()
-            evidence = None if build["refused"] else self._evidence(arm, build)
+            evidence = None
+            if not build["refused"]:
+                evidence = self._evidence(arm, build, self._free_run(arm), candidate=True)
+            rows = self._compare_traces(arm) if traced and evidence is not None else []
             stack.pop_all()  # it goes on living, for timing
+        self.seconds[spec.name] = time.monotonic() - began
         if evidence is None:
             named = len(spec.optimizations) > 1
             reason = "; ".join(f"{name}: {why}" if named else why for name, why in build["refused"].items())
             return Candidate(arm, Verdict(Level.NOT_RUN, reason), None)
-        return Candidate(arm, self._judge(claim, evidence, spec.optimizations), evidence)
+        wanted = (*spec.optimizations, *([spec.planted] if spec.planted else []))
+        compared = self._compare(evidence)
+        verdict = gate.judge(claim, self.reference, self.repeat, evidence, wanted, self.sigma, compared)
+        return Candidate(arm, verdict, evidence, compared, rows)
 
-    def _evidence(self, arm: Arm, build: dict) -> Evidence:
-        gradients = {STATES[0]: self._gradients(arm, STATES[0])}
-        run = self._free_run(arm)
-        gradients[STATES[1]] = self._gradients(arm, STATES[1])
-        return Evidence(build, run, gradients)
-
-    def _judge(self, claim: Exactness, evidence: Evidence, wanted: Sequence[str]) -> Verdict:
+    def _compare(self, evidence: Evidence) -> dict[str, Comparison]:
         elements = self.reference.build["elements"]
         compared: dict[str, Comparison] = {}
-        for state in STATES:
+        for state in self.states:
             if not evidence.gradients[state]["problems"]:
-                sides = (_distances(self.reference.gradients[state]), _distances(evidence.gradients[state]))
+                sides = (read_distances(self.reference.gradients[state]), read_distances(evidence.gradients[state]))
                 compared[state] = compare(*sides, elements)
-        return gate.judge(claim, self.reference, self.repeat, evidence, wanted, self.sigma, compared)
+        return compared
 
-
-def _distances(answer: dict) -> Distances:
-    rows = load_file(answer["rows"])
-    return Distances(answer["error"], answer["norm"], answer["dot"], rows, answer["elements"], answer["problems"])
+    def _compare_traces(self, arm: Arm) -> list[dict[str, Any]]:
+        reference = Path(self.folder / "trace-stock.safetensors")
+        if not reference.exists():
+            self._trace(self.reference_arm)
+        return trace.compare(reference, Path(self._trace(arm)), Path(self.oracle_trace))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -19,32 +19,48 @@ _MIX = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))  # Spli
 def fingerprint(tensors: Mapping[str, torch.Tensor | None]) -> str:
     """A hex digest of names, dtypes, shapes and bits; None counts as a value of its own.
 
-    Each tensor gives two sums modulo 2**64, taken on its device: of its bits as integers, and of a hash of bits and
-    position. Weights instead of a hash would not do: (a, -b, -c, d) and its negation have the same weighted sums. One
-    device synchronisation for all tensors.
+    Tensors of one device and element size are hashed one behind the other, in a few large pieces: two sums modulo 2**64 over
+    all of them, of bits as integers and of a hash of bits and position. Weights instead of a hash would not do: (a, -b, -c, d)
+    and its negation have the same weighted sums. One device synchronisation for each such group.
     """
-    sums, digest = [], hashlib.blake2b(digest_size=16)
+    groups: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+    digest = hashlib.blake2b(digest_size=16)
     for name, tensor in tensors.items():
         digest.update(f"{name}:{None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode())
         if tensor is not None:
-            sums.append(_sums(tensor).cpu() if tensor.device.type == "cpu" else _sums(tensor))
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for value in sums:
-        by_device.setdefault(value.device, []).append(value)
-    for values in by_device.values():
-        digest.update(torch.stack(values).cpu().numpy().tobytes())
+            bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
+            groups.setdefault((tensor.device, tensor.element_size()), []).append(bits)
+    for (device, size), group in groups.items():
+        digest.update(f"{device.type} {size}".encode())
+        digest.update(_sums(group).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _sums(tensor: torch.Tensor) -> torch.Tensor:
-    bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
-    plain = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    hashed = torch.zeros_like(plain)
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].long()
+def _sums(group: list[torch.Tensor]) -> torch.Tensor:
+    """[sum of bits, sum of hashes] of tensors of one integer dtype, int64 [2] on their device."""
+    plain = torch.zeros((), dtype=torch.int64, device=group[0].device)
+    hashed, start = torch.zeros_like(plain), 0
+    for piece in _pieces(group):
+        part = piece.long()
         plain += part.sum()
-        hashed += _mix(torch.arange(start, start + part.numel(), device=tensor.device) * _STRIDE + part).sum()
+        positions = torch.arange(start, start + part.numel(), device=part.device)
+        hashed += _mix(positions * _STRIDE + part).sum()
+        start += part.numel()
     return torch.stack([plain, hashed])
+
+
+def _pieces(group: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors' elements in order, at most `_CHUNK` at a time, small tensors joined."""
+    waiting, count = [], 0
+    for tensor in group:
+        for part in tensor.split(_CHUNK):
+            if count + part.numel() > _CHUNK:
+                yield torch.cat(waiting)
+                waiting, count = [], 0
+            waiting.append(part)
+            count += part.numel()
+    if count:
+        yield torch.cat(waiting) if len(waiting) > 1 else waiting[0]
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

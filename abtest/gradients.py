@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -46,17 +47,19 @@ class Distances:
 
 def _mismatch(gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor]) -> list[str]:
     problems = [f"{name}: in the candidate only" for name in gradients if name not in truth]
-    seen: dict[int, str] = {}
+    spans: list[tuple[int, int, str]] = []
     for name, exact in truth.items():
         gradient = gradients.get(name)
         if gradient is None:
             problems.append(f"{name}: no gradient")
         elif gradient.shape != exact.shape:
             problems.append(f"{name}: gradient of shape {list(gradient.shape)}, expected {list(exact.shape)}")
-        elif gradient.numel() and gradient.data_ptr() in seen:
-            problems.append(f"{name}: shares memory with the gradient of {seen[gradient.data_ptr()]}")
-        else:
-            seen[gradient.data_ptr()] = name
+        elif gradient.numel():
+            spans.append((gradient.data_ptr(), gradient.data_ptr() + gradient.nbytes, name))
+    spans.sort()
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            problems.append(f"{other}: shares memory with the gradient of {one}")
     return problems
 
 

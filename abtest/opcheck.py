@@ -6,9 +6,7 @@ Nothing is timed that is not green here.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from abtest.opcall import call, gradients_of, input_names, leaves, named_outputs, random_gradients, tensors_in
 from abtest.oracle import exact_arithmetic
+from abtest.poison import POISONS, poisoned
 from abtest.quantity import MAX_RATIO, MEAN_RATIO, Quantity, compare, same_bits
 from abtest.verdict import Check, Level, Verdict
 from kernels.contract import Exactness, Op, Workload
@@ -118,18 +117,25 @@ class _Comparison:
         second = self.values(self.call(self.op.candidate, inputs), inputs, incoming)
         after = _snapshot(self.names, inputs) | {f"incoming {name}": gradient for name, gradient in incoming.items()}
         wanted = before | {f"incoming {name}": gradient for name, gradient in sent.items()}
-        fresh = self.build()
-        with poisoned_allocations():
-            poisoned = self.values(self.call(self.op.candidate, fresh), fresh, sent)
         quantities = _compare_all(truth, reference, first)
         checks = [
             *_ratio_checks(quantities),
             _same("second backward", first, again),
             _same("second call", first, second),
             _same("inputs unmodified", wanted, after),
-            _written(truth, reference, first, poisoned),
+            self.written(first, sent),
         ]
         return self.conclude(quantities, checks), quantities
+
+    def written(self, first: Values, sent: dict[str, Tensor]) -> Check:
+        """Whatever uninitialised memory holds, the result has the same bits: nothing is read that was not written."""
+        unwritten = []
+        for value in POISONS:
+            fresh = self.build()
+            with poisoned(value):
+                found = self.values(self.call(self.op.candidate, fresh), fresh, sent)
+            unwritten += [f"{name} (memory filled with {value:g})" for name in _differing(first, found)]
+        return Check("fully written", float(len(unwritten)), 0.0, not unwritten, ", ".join(unwritten))
 
     def call(self, function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         torch.manual_seed(self.seed)
@@ -154,26 +160,6 @@ class _Comparison:
         if failed:
             return Verdict(Level.FAILED, _sentence(*failed), tuple(checks))
         return Verdict(Level.BITWISE if same_bits else Level.ROUNDING, _sentence(checks[0], checks[1]), tuple(checks))
-
-
-@contextmanager
-def poisoned_allocations() -> Iterator[None]:
-    """Fills what torch.empty and its relatives return with NaN (integers: the largest), so that a value nobody wrote shows.
-
-    PyTorch ties the filling to its deterministic mode, which also picks other algorithms for some operators: results in
-    here may differ in their last bits from those outside.
-    """
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an operator without a deterministic version still runs
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = True
-            yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def _snapshot(names: Sequence[str], inputs: Sequence[Any]) -> Values:
@@ -244,13 +230,6 @@ def _differing(wanted: Values, got: Values) -> list[str]:
 def _same(name: str, wanted: Values, got: Values) -> Check:
     differing = _differing(wanted, got)
     return Check(name, float(len(differing)), 0.0, not differing, ", ".join(differing))
-
-
-def _written(truth: Values, reference: Values, first: Values, poisoned: Values) -> Check:
-    """From poisoned allocations the same bits must come, or values inside the same limits; NaN is an infinite ratio."""
-    quantities = {quantity.name: quantity for quantity in _compare_all(truth, reference, poisoned)}
-    unwritten = [name for name in _differing(first, poisoned) if not (name in quantities and quantities[name].within_limits)]
-    return Check("fully written", float(len(unwritten)), 0.0, not unwritten, ", ".join(unwritten))
 
 
 def _sentence(*checks: Check) -> str:

@@ -1,22 +1,26 @@
 """The truth that gradients are compared with: higher precision, and every document on its own.
 
-For a bf16 run the oracle computes in fp32 (TF32 off), for an fp32 run in fp64, on the same weights as the arm's compute
-dtype holds. Documents are never packed, so an arm that lets one document see another differs from it.
+For a bf16 run the oracle computes in fp32 (TF32 off, attention as plain mathematics), for an fp32 run in fp64, on the same
+weights as the arm's compute dtype holds. Documents are never packed, so an arm that lets one document see another differs
+from it. The delta rule runs in transformers' chunks, since token by token takes hours at a real size; that the two are the
+same is checked on short documents (`recurrence_error`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from abtest.probes import cut, documents, pack, supervised
 from loop.batch import IGNORE, PackedBatch
-from loop.delta_net import CHUNK
+from loop.delta_net import CHUNK, PackedDeltaNet
 from loop.model import plain_micro_step
 from loop.run import Run
 
@@ -44,7 +48,8 @@ def exact_arithmetic(dtype: torch.dtype) -> Iterator[None]:
             with _Promote():
                 yield
         else:
-            yield
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
@@ -79,15 +84,17 @@ def unpacked(batch: PackedBatch) -> Iterator[PackedBatch]:
         yield PackedBatch(ids, labels, positions, cu_seqlens, ids.numel(), int((labels != IGNORE).sum()))
 
 
-def exact_gradients(run: Run, batch: PackedBatch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gradients of one micro-batch by canonical name, from unpacked documents; `run` went through `make_exact`.
+def exact_gradients(run: Run, probe: Sequence[PackedBatch], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Gradients of a probe's micro-batches together by canonical name, from unpacked documents; `run` went through
+    `make_exact`.
 
     Raises RuntimeError when a trained parameter gets none: a comparison with nothing would pass everything.
     """
     run.optimizer.zero_grad()
     with exact_arithmetic(dtype):
-        for rows in unpacked(batch):
-            plain_micro_step(run, rows.to(run.device), batch.supervised_tokens)
+        for batch in probe:
+            for rows in unpacked(batch):
+                plain_micro_step(run, rows.to(run.device), supervised(probe))
     gradients = run.optimizer.gradients()
     missing = [name for name, gradient in gradients.items() if gradient is None]
     if missing:
@@ -95,7 +102,9 @@ def exact_gradients(run: Run, batch: PackedBatch, dtype: torch.dtype) -> dict[st
     return gradients
 
 
-def packing_error(run: Run, batch: PackedBatch, dtype: torch.dtype, truth: dict[str, torch.Tensor]) -> tuple[float, str]:
+def packing_error(
+    run: Run, probe: Sequence[PackedBatch], dtype: torch.dtype, truth: Mapping[str, torch.Tensor]
+) -> tuple[float, str]:
     """How far the reference's own packed path is from unpacked documents when rounding is out of the way.
 
     The worst parameter's relative gradient error, and its name. In bf16 a small leak could hide in rounding; here the same
@@ -103,14 +112,69 @@ def packing_error(run: Run, batch: PackedBatch, dtype: torch.dtype, truth: dict[
     """
     run.optimizer.zero_grad()
     with exact_arithmetic(dtype):
-        plain_micro_step(run, batch.to(run.device), batch.supervised_tokens)
+        for batch in probe:
+            plain_micro_step(run, batch.to(run.device), supervised(probe))
+    return worst_error(run.optimizer.gradients(), truth)
+
+
+def worst_error(gradients: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest relative distance |g - g*| / |g*| of any parameter, and its name; NaN is larger than anything."""
     worst, where = 0.0, ""
-    for name, packed in run.optimizer.gradients().items():
-        exact = truth[name].to(packed.device)
-        norm, distance = float(exact.norm()), float((packed - exact).norm())
+    for name, gradient in gradients.items():
+        exact = truth[name].to(gradient.device)
+        norm, distance = float(exact.norm()), float((gradient - exact).norm())
         error = distance / norm if norm != 0 else (0.0 if distance == 0 else math.inf)
         if math.isnan(error):
             return error, name  # nothing outranks it
         if error > worst:
             worst, where = error, name
     return worst, where
+
+
+RECURRENCE_LENGTH = 96  # tokens a document, more than a chunk
+
+
+class Recurrence(PackedDeltaNet):
+    """The gated delta rule token by token, from its definition (Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464)."""
+
+    def delta_rule(self, q, k, v, g, beta, pack):
+        copies = self.num_v_heads // self.num_k_heads
+        if copies > 1:
+            q, k = (x.repeat_interleave(copies, dim=2) for x in (q, k))
+        groups = zip(*(pack.split(x) for x in (q, k, v, g, beta)), strict=True)
+        return pack.join([recurrence(*rows) for rows in groups])
+
+
+def recurrence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """q, k [N, L, H, K]; v [N, L, H, V]; g (log decay), beta [N, L, H] -> [N, L, H, V].
+
+    S <- exp(g) S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q, with q and k of unit length and q over sqrt(K).
+    """
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    state = v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])
+    out = []
+    for t in range(v.shape[1]):
+        state = state * g[:, t, :, None, None].exp()
+        seen = torch.einsum("nhkv,nhk->nhv", state, k[:, t])
+        change = beta[:, t, :, None] * (v[:, t] - seen)
+        state = state + torch.einsum("nhk,nhv->nhkv", k[:, t], change)
+        out.append(torch.einsum("nhkv,nhk->nhv", state, q[:, t]))
+    return torch.stack(out, dim=1) / math.sqrt(k.shape[-1])
+
+
+def recurrence_error(run: Run, batch: PackedBatch, dtype: torch.dtype) -> tuple[float, str] | None:
+    """How far the oracle's chunked delta rule is from the recurrence, on the batch's documents cut short: the worst
+    parameter's relative gradient error and its name. None for a model without a delta rule."""
+    layers = [name for name, module in run.model.named_modules() if type(module) is PackedDeltaNet]
+    if not layers:
+        return None
+    short = pack([[cut(ids, labels, RECURRENCE_LENGTH) for ids, labels in documents(batch)[:8]]])
+    chunked = {name: value.clone() for name, value in exact_gradients(run, [short], dtype).items()}
+    for name in layers:
+        module = run.model.get_submodule(name)
+        module.__class__ = Recurrence  # the oracle's own model, which nothing else sees
+    try:
+        return worst_error(exact_gradients(run, [short], dtype), chunked)
+    finally:
+        for name in layers:
+            run.model.get_submodule(name).__class__ = PackedDeltaNet

@@ -8,14 +8,16 @@ from loop.run import Run
 
 
 @torch.no_grad()
-def kick(run: Run, seed: int) -> None:
-    """Moves every weight of the model, frozen ones too, by half an ulp of its dtype on average.
+def kick(run: Run, seed: int, trained_only: bool = False) -> None:
+    """Moves every weight of the model, frozen ones too unless `trained_only`, by half an ulp of its dtype on average.
 
     A weight goes to its upper or lower neighbour with probability a quarter each and stays otherwise. Frozen weights are
     kicked as well because LoRA's B starts at zero: kicking A alone would move nothing at the first step.
     """
     generator = torch.Generator(device=run.device).manual_seed(seed)
     for parameter in run.model.parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
         draw = torch.rand(parameter.shape, generator=generator, device=run.device)
         towards = torch.where(draw < 0.5, torch.inf, -torch.inf).to(parameter.dtype)
         moved = torch.nextafter(parameter, towards)

@@ -1,6 +1,12 @@
-"""Batches on which gradients are compared: real packs, and packs shaped to trip a kernel."""
+"""Batches on which gradients are compared: real packs, and packs shaped to trip a kernel.
+
+A probe is one or more micro-batches whose gradients add up, as in one optimizer step.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -10,35 +16,134 @@ from loop.data import Dataset
 FAR = 1_000_000  # a step no training run reaches: its micro-batches are drawn from the same packs in another order
 # Documents of 1 to 3 tokens, exact chunks of 64, one off either side, 128 and a half chunk, and what is left of the pack.
 TRICKY_LENGTHS = (1, 2, 3, 64, 65, 63, 1, 128, 32, 7)
+MEMORISED, MEMORISED_LENGTH = 16, 24  # documents of the overfit state, and their tokens
+
+Probe = tuple[PackedBatch, ...]
+Document = tuple[torch.Tensor, torch.Tensor]  # ids and labels, both [length]
 
 
-def probe_batches(dataset: Dataset, count: int, packs: int, vocabulary: int) -> list[PackedBatch]:
-    """`count` micro-batches on the CPU: every fourth is tricky, the others are real."""
-    real = [dataset.micro_batches(FAR + index, 1, packs)[0] for index in range(count)]
+def probes(dataset: Dataset, count: int, packs: int, vocabulary: int, seed: int = 0) -> list[Probe]:
+    """`count` probes on the CPU, in turn: real packs; tricky ones; two rows off the 64-token grid; uneven accumulation; one
+    row with L % 128 == 64; one document as long as the pack. `seed` picks other packs and other random tokens."""
     L = dataset.pack_length
-    return [tricky_batch(L, packs, vocabulary, index) if index % 4 == 3 else batch for index, batch in enumerate(real)]
+
+    def real(index: int) -> PackedBatch:
+        return dataset.micro_batches(FAR + 1000 * seed + index, 1, packs)[0]
+
+    def tricky(index: int) -> Probe:
+        return (tricky_batch(L, packs, vocabulary, 100 * seed + index),)
+
+    def two_rows(index: int) -> Probe:
+        length = off_grid(max(2, L * packs // 2))
+        return (repack(documents(real(index)), 2, length),)
+
+    def uneven(index: int) -> Probe:
+        own = documents(real(index))
+        return repack(own, 1, max(2, L // 2)), _sparse(repack(own[::-1], 1, max(2, L // 2)))
+
+    def off(index: int) -> Probe:
+        return (repack(documents(real(index)), 1, off_grid(L)),)
+
+    def long(index: int) -> Probe:
+        return (one_document(L, vocabulary, 100 * seed + index),)
+
+    kinds = (
+        lambda i: (real(i),),
+        tricky,
+        two_rows,
+        uneven,
+        lambda i: (real(i),),
+        off,
+        tricky,
+        long,
+        lambda i: (real(i),),
+        uneven,
+    )
+    return [kinds[index % len(kinds)](index) for index in range(count)]
+
+
+def supervised(probe: Sequence[PackedBatch]) -> int:
+    return sum(batch.supervised_tokens for batch in probe)
+
+
+def off_grid(limit: int) -> int:
+    """The largest length up to `limit` that is 64 beyond a multiple of 128; `limit` itself where there is none."""
+    return limit - (limit - 64) % 128 if limit >= 64 else limit
+
+
+def documents(batch: PackedBatch) -> list[Document]:
+    """The documents of a batch, padding left out where there is anything else."""
+    starts = [0, *torch.tensor(batch.lengths).cumsum(0).tolist()]
+    ids, labels = batch.input_ids.flatten(), batch.labels.flatten()
+    every = [(ids[a:b], labels[a:b]) for a, b in pairwise(starts)]
+    return [document for document in every if bool((document[1] != IGNORE).any())] or every
+
+
+def repack(own: Sequence[Document], rows: int, length: int) -> PackedBatch:
+    """Documents, over and over as needed and cut where a row ends, as `rows` packs of `length`."""
+    out: list[list[Document]] = []
+    index = 0
+    for _ in range(rows):
+        row, left = [], length
+        while left:
+            ids, labels = own[index % len(own)]
+            row.append(cut(ids, labels, left))
+            left -= len(row[-1][0])
+            index += 1
+        out.append(row)
+    return pack(out)
+
+
+def cut(ids: torch.Tensor, labels: torch.Tensor, length: int) -> Document:
+    """The first `length` tokens; the last one has nothing left to predict."""
+    ids, labels = ids[:length], labels[:length].clone()
+    labels[-1] = IGNORE
+    return ids, labels
+
+
+def pack(rows: Sequence[Sequence[Document]]) -> PackedBatch:
+    """Rows of documents, each row of the same total length, as a batch without padding."""
+    ids = torch.stack([torch.cat([document[0] for document in row]) for row in rows])
+    labels = torch.stack([torch.cat([document[1] for document in row]) for row in rows])
+    positions = torch.stack([torch.cat([torch.arange(len(document[0])) for document in row]) for row in rows])
+    lengths = torch.tensor([0] + [len(document[0]) for row in rows for document in row])
+    return PackedBatch(ids, labels, positions, lengths.cumsum(0).to(torch.int32), ids.numel(), int((labels != IGNORE).sum()))
+
+
+def _sparse(batch: PackedBatch) -> PackedBatch:
+    """The same batch with one in five of its labels left, so that micro-batches of one step are unevenly supervised."""
+    labels = batch.labels.clone()
+    kept = (labels.flatten() != IGNORE).nonzero().flatten()
+    drop = kept[torch.arange(len(kept)) % 5 != 0]
+    labels.view(-1)[drop] = IGNORE
+    own = [
+        (a, b)
+        for a, b in zip(batch.input_ids.flatten().split(batch.lengths), labels.flatten().split(batch.lengths), strict=True)
+    ]
+    return pack([own])
+
+
+def one_document(length: int, vocabulary: int, seed: int) -> PackedBatch:
+    """One document of random tokens that fills the pack, every position but the last supervised."""
+    ids = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+    return pack([[(ids, torch.cat([ids[1:], torch.tensor([IGNORE])]))]])
 
 
 def tricky_batch(pack_length: int, packs: int, vocabulary: int, seed: int) -> PackedBatch:
     """Random tokens in documents of `TRICKY_LENGTHS`, every third position unsupervised, one document wholly so."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (packs, pack_length), generator=generator)
-    labels = torch.full_like(ids, IGNORE)
-    positions = torch.zeros_like(ids)
-    boundaries = [0]
+    rows = []
     for row in range(packs):
-        start = 0
+        own: list[Document] = []
         for index, length in enumerate(_lengths(pack_length, row)):
-            end = start + length
-            positions[row, start:end] = torch.arange(length)
+            ids = torch.randint(vocabulary, (length,), generator=generator)
+            labels = torch.full_like(ids, IGNORE)
             if index != 4:
-                labels[row, start : end - 1] = ids[row, start + 1 : end]
-                labels[row, start : end - 1 : 3] = IGNORE
-            boundaries.append(row * pack_length + end)
-            start = end
-    supervised = int((labels != IGNORE).sum())
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    return PackedBatch(ids, labels, positions, cu_seqlens, ids.numel(), supervised)
+                labels[:-1] = ids[1:]
+                labels[:-1:3] = IGNORE
+            own.append((ids, labels))
+        rows.append(own)
+    return pack(rows)
 
 
 def _lengths(pack_length: int, row: int) -> list[int]:
@@ -50,3 +155,35 @@ def _lengths(pack_length: int, row: int) -> list[int]:
             out.append(length)
             left -= length
     return [*out, left]
+
+
+def memorised(dataset: Dataset) -> list[Document]:
+    """Short documents with every position supervised, which the overfit state is trained on.
+
+    Each starts with another token: what follows two documents' common beginning could not be known by heart.
+    """
+    every = [ids for step in range(FAR, FAR + 100) for ids, _ in documents(dataset.micro_batches(step, 1, 1)[0])]
+    length = max(2, min(MEMORISED_LENGTH, dataset.pack_length // 2, max(len(ids) for ids in every) - 1))
+    found: dict[int, Document] = {}
+    for ids in every:
+        starts = [at for at in range(len(ids) - length) if int(ids[at]) not in found]
+        if starts and len(found) < MEMORISED:
+            part = ids[starts[len(starts) // 2] :][:length]
+            found[int(part[0])] = (part, torch.cat([part[1:], torch.tensor([IGNORE])]))
+    return list(found.values())
+
+
+def memorised_batch(own: Sequence[Document]) -> PackedBatch:
+    """All of them in one pack."""
+    return pack([list(own)])
+
+
+def memorised_probes(own: Sequence[Document], count: int, seed: int = 0) -> list[Probe]:
+    """Half of the memorised documents, each cut somewhere, in another order for every probe."""
+    out, length = [], len(own[0][0])
+    for index in range(count):
+        generator = torch.Generator().manual_seed(1000 * seed + index)
+        order = torch.randperm(len(own), generator=generator)[: max(1, len(own) // 2)].tolist()
+        lengths = torch.randint(max(2, length // 2), length + 1, (len(order),), generator=generator).tolist()
+        out.append((pack([[cut(*own[i], length) for i, length in zip(order, lengths, strict=True)]]),))
+    return out

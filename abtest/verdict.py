@@ -21,15 +21,30 @@ class Level(Enum):
         return self in (Level.BITWISE, Level.ROUNDING)
 
 
+PARTS = {
+    0: "other",
+    1: "preflight",
+    2: "gradient oracle",
+    3: "update oracle",
+    4: "free-running loss",
+    5: "exact structure",
+}
+
+
 @dataclass(frozen=True)
 class Check:
-    """One number beside its limit. `detail` names what was worst: a parameter, a step, a document."""
+    """One number beside its limit. `detail` names what was worst: a parameter, a step, a document.
+
+    part: which of the gate's checks it belongs to, a key of PARTS. state: the weights it was taken at, "" for none.
+    """
 
     name: str
     value: float | None
     limit: float | None
     passed: bool
     detail: str = ""
+    part: int = 0
+    state: str = ""
 
 
 @dataclass(frozen=True)

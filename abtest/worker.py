@@ -8,32 +8,36 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import math
 import os
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from abtest import fingerprint as fp
-from abtest.census import count_launches, model_flops
+from abtest import states, tripwire
+from abtest.catalogue import find
+from abtest.census import model_flops
+from abtest.examiner import Examiner, plain
+from abtest.free_run import free_run, save_state, state_bytes
 from abtest.gradients import Distances
-from abtest.oracle import exact_gradients, make_exact, packing_error
-from abtest.perturb import kick
-from abtest.probes import probe_batches
-from loop import attention
+from abtest.oracle import exact_gradients, make_exact, packing_error, recurrence_error
+from abtest.oracle_cache import OracleCache
+from abtest.probes import Probe, memorised, memorised_probes, probes
+from abtest.states import Held
+from abtest.stopwatch import Stopwatch
 from loop.config import Config
 from loop.errors import UserError
 from loop.model import implementation_paths, trainable
 from loop.recipe import from_plain
-from loop.training import accumulate, build, switch_on
+from loop.training import build, switch_on
+
+PACKED_PROBES = 4  # of a state, on which the reference's packed path is compared with unpacked documents
 
 
-class Worker:
+class Worker(Examiner, Stopwatch):
     """Holds the run of one arm and carries out commands on it."""
 
     def __init__(self, answers: TextIO) -> None:
@@ -42,146 +46,159 @@ class Worker:
     def event(self, **fields: Any) -> None:
         print(json.dumps(fields), file=self.answers, flush=True)
 
-    def build(self, config: dict, optimizations: list[str], exact: bool = False) -> dict:
-        """A fresh run; `exact` raises it to the oracle's dtype."""
-        self.config, self.optimizations = from_plain(Config(), config), optimizations
+    def step(self, done: int, total: int) -> None:
+        self.event(event="step", step=done, steps=total)
+
+    # Building
+
+    def build(self, config: dict, optimizations: list[str], planted: str | None = None, exact: bool = False) -> dict:
+        """A fresh run; `planted` is a case of the catalogue; `exact` raises the run to the oracle's dtype."""
+        self.config, self.optimizations, self.planted = from_plain(Config(), config), optimizations, planted
+        self.distances_of: dict[str, Distances] = {}
+        self.marks: dict[str, list] = {}
+        self.loaded: str | None = None
+        self.probe_sets: dict[tuple, list[Probe]] = {}
         self.run, self.dataset = build(self.config)
-        before = fp.seams(self.run)
-        switch_on(self.run, optimizations)
-        self.exact = make_exact(self.run) if exact else None
+        self.held = Held.of(self.run)
+        before, parts = fp.seams(self.run), tripwire.parts(self.run)
+        self._switch_on(self.run)
+        self.own = tripwire.exchanged(parts, self.run)
         parameters = trainable(self.run.model)
-        return {
+        frozen = {name: p for name, p in self.run.model.named_parameters() if not p.requires_grad}
+        answer = {
             "enabled": self.run.enabled,
             "refused": self.run.refused,
             "changed": before != fp.seams(self.run),
             "weights": fp.fingerprint(parameters),
+            "frozen": fp.fingerprint(dict(sorted((name.replace(".base_layer", ""), p) for name, p in frozen.items()))),
             "elements": {name: parameter.numel() for name, parameter in parameters.items()},
+            "seed": self.config.seed,
             "paths": implementation_paths(self.run.model),
             "data": self.dataset.statistics() | {"content_hash": self.dataset.content_hash},
             "flops": model_flops(self.run),
+            "state_bytes": state_bytes(self.run),
         }
+        # Two models may share weights and differ in a scale, a window or the release that computes them.
+        settings = self.run.model.config.to_json_string(use_diff=False) + repr(self.config.lora)
+        self.model_mark = answer["weights"] + answer["frozen"] + settings
+        self.exact = make_exact(self.run) if exact else None
+        return answer
 
-    def free_run(self, steps: int, save_state: str | None = None, kick_seed: int | None = None) -> dict:
-        """Trains for `steps` steps from the initial weights and fingerprints every one of them."""
+    def _switch_on(self, run) -> None:
+        switch_on(run, self.optimizations)
+        if self.planted is not None:
+            case = find(self.planted)
+            reason = case.planted.eligible(run)
+            if reason is not None:
+                run.refused[self.planted] = reason
+                return
+            case.apply(run)
+            run.enabled.append(self.planted)
+            torch.manual_seed(self.config.seed)
+
+    # Training, and the weights that come of it
+
+    def free_run(
+        self, steps: int, states_to: dict[str, str] | None = None, slow: str = "", resync_to: dict[str, str] | None = None,
+        resync: dict[str, str] | None = None, kick_seed: int | None = None,
+    ) -> dict:  # fmt: skip
+        """Trains from the initial weights. states_to, resync_to: before which steps to write weights or the whole optimizer,
+        and where; `slow` is the step whose weights get slow heads. resync: before which steps to take the optimizer."""
         if kick_seed is not None:
             self.run, self.dataset = build(self.config, self.optimizations)
-            kick(self.run, kick_seed)
-        out: dict[str, list] = {key: [] for key in ("loss", "gradients", "state", "rng", "lr", "batch", "supervised")}
-        for step in range(steps):
-            batches = self._step_batches(step)
-            supervised = sum(batch.supervised_tokens for batch in batches)
-            sums = accumulate(self.run, batches, supervised)
-            if kick_seed is None:  # of a kicked run only the losses are asked for
-                out["gradients"].append(fp.fingerprint(self.run.optimizer.gradients()))
-            lr, _ = self.run.optimizer.step(step)
-            if kick_seed is None:
-                out["state"].append(fp.fingerprint(self.run.optimizer.state()))
-                out["rng"].append(fp.rng_fingerprint(self.run.device))
-                out["batch"].append(fp.batch_fingerprint(batches))
-            out["loss"].append(sum(sums) / max(supervised, 1))
-            out["lr"].append(lr)
-            out["supervised"].append(supervised)
-            self.event(event="step", step=step + 1, steps=steps)
-        if save_state is not None:
-            masters = self.run.optimizer.masters
-            save_file({name: value.detach().cpu().contiguous() for name, value in masters.items()}, save_state)
-        return out
 
-    def _step_batches(self, step: int):
-        return self.dataset.micro_batches(step, self.config.grad_accum, self.config.data.packs_per_micro_step)
+        def before_step(step: int) -> None:
+            if str(step) in (states_to or {}):
+                self.held.save(self.run, Path(states_to[str(step)]), slow_decay=str(step) == slow)
+            if str(step) in (resync_to or {}):
+                save_state(self.run, Path(resync_to[str(step)]))
 
-    def _probes(self, count: int):
-        vocabulary = self.run.model.config.vocab_size
-        return probe_batches(self.dataset, count, self.config.data.packs_per_micro_step, vocabulary)
+        sources = {int(step): Path(path) for step, path in (resync or {}).items()}
+        answer = free_run(self.run, self.dataset, steps, self.step, sources, before_step, kick_seed)
+        self.loaded = None
+        self._release()
+        return answer
 
-    @torch.no_grad()
-    def load_weights(self, state: str | None) -> None:
-        """Teacher forcing: the reference's trained weights, rounded as the compute dtype rounds them."""
-        if state is None:
-            return
-        parameters = trainable(self.run.model)
-        for name, value in load_file(state).items():
-            parameters[name].copy_(value.to(self.run.dtype))
+    def save_weights(self, path: str) -> dict:
+        """Writes the weights as they are as a state."""
+        self.held.save(self.run, Path(path))
+        return {}
 
-    def oracle(self, count: int, folder: str, state: str | None = None) -> dict:
-        """Writes the exact gradients of every probe batch to `folder`, one file a batch.
+    def overfit(self, path: str) -> dict:
+        """Trains the reference on until it knows a few documents by heart, and writes its weights."""
+        loss, steps = states.overfit(self.run, memorised(self.dataset))
+        self.held.save(self.run, Path(path))
+        self._release()
+        return {"loss": loss, "steps": steps}
 
-        Answers with the largest error of the packed path in the same arithmetic, and the parameter that has it.
-        """
-        self.load_weights(state)
-        errors = []
-        for index, batch in enumerate(self._probes(count)):
-            gradients = {n: g.cpu().contiguous() for n, g in exact_gradients(self.run, batch, self.exact).items()}
-            save_file(gradients, Path(folder) / f"{index}.safetensors")
-            errors.append(packing_error(self.run, batch, self.exact, gradients))
-            self.event(event="step", step=index + 1, steps=count)
-        worst, where = max(errors, key=lambda error: math.inf if math.isnan(error[0]) else error[0])
-        return {"packing_error": worst, "packing_error_name": where}
+    def _load(self, weights: str) -> None:
+        """Teacher forcing: the reference's weights of that state, rounded as the compute dtype rounds them."""
+        if self.loaded != weights:
+            self.held.load(weights)
+            self.loaded = weights
 
-    def gradients(self, count: int, folder: str, rows: str, state: str | None = None) -> dict:
-        """This arm's gradients on the probe batches, as distances from the oracle's; row sums go to the file `rows`."""
-        self.load_weights(state)
-        distances, prints, losses = Distances(), [], []
-        for index, batch in enumerate(self._probes(count)):
-            self.run.optimizer.zero_grad()
-            losses += accumulate(self.run, [batch], batch.supervised_tokens)
-            gradients = self.run.optimizer.gradients()
-            prints.append(fp.fingerprint(gradients))
-            distances.add(gradients, load_file(Path(folder) / f"{index}.safetensors"))
-            self.event(event="step", step=index + 1, steps=count)
+    def _release(self) -> None:
+        """What this process no longer needs, others on the same device may."""
+        if self.run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _probe(self, state: str, index: int, count: int, seed: int) -> Probe:
+        key = (state == states.OVERFIT, count, seed)
+        if key not in self.probe_sets:
+            packs, vocabulary = self.config.data.packs_per_micro_step, self.run.model.config.vocab_size
+            own = key[0]
+            self.probe_sets[key] = (
+                memorised_probes(memorised(self.dataset), count, seed)
+                if own
+                else probes(self.dataset, count, packs, vocabulary, seed)
+            )
+        return self.probe_sets[key][index]
+
+    # 2, gradients
+
+    def oracle(self, state: str, weights: str, index: int, count: int, seed: int, folder: str, budget: int) -> dict:
+        """Makes sure that a probe's exact gradients are in the cache `folder`. Answers with the file, and for the first few
+        probes of a state how far the reference's packed path and the recurrence are from it in the same arithmetic."""
+        self._load(weights)
+        probe = self._probe(state, index, count, seed)
+        cache = OracleCache(Path(folder), budget)
+        path = cache.path(
+            self.model_mark, fp.fingerprint(load_file(weights)), fp.batch_fingerprint(probe), self.exact, self.run.dtype
+        )
+        notes = cache.get(path, lambda: self._exact(probe, state, index))
+        return {"path": str(path), "notes": {name: json.loads(value) for name, value in notes.items() if name != "format"}}
+
+    def _exact(self, probe: Probe, state: str, index: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        truth = {name: g.clone() for name, g in exact_gradients(self.run, probe, self.exact).items()}
+        notes = {}
+        if index < PACKED_PROBES:
+            notes["packing_error"] = json.dumps(packing_error(self.run, probe, self.exact, truth))
+        if index == 1 and state != states.OVERFIT:
+            notes["recurrence_error"] = json.dumps(recurrence_error(self.run, probe[0], self.exact))
         self.run.optimizer.zero_grad()
-        save_file({name: value.contiguous() for name, value in distances.rows.items()}, rows)
-        return {
-            "error": distances.error, "norm": distances.norm, "dot": distances.dot, "elements": distances.elements,
-            "problems": distances.problems, "fingerprints": prints, "losses": losses,
-        }  # fmt: skip
+        return truth, notes
 
-    def prepare_timing(self, micro_batches: int, warmup: int) -> dict:
-        """Puts the micro-batches on the device and warms up; peak memory counts from here.
+    def gradients(self, state: str, weights: str, index: int, count: int, seed: int, truth: str) -> dict:
+        """This arm's gradients on one probe, added to the state's distances from the oracle's."""
+        if index == 0:
+            self.distances_of[state], self.marks[state] = Distances(), []
+        self._load(weights)
+        self._measure(self._probe(state, index, count, seed), truth, self.distances_of[state], self.marks[state])
+        return {}
 
-        An arm with the reference's attention is timed with transformers' plain SDPA, because that is what a user gets; on
-        Hopper its repeatable form is twice as slow as a whole stock micro-step. An arm with its own attention keeps it.
-        """
-        if self.run.model.config._attn_implementation == attention.NAME:
-            self.run.model.set_attn_implementation(attention.PLAIN)
-        self.batches = [batch.to(self.run.device) for step in range(micro_batches) for batch in self._step_batches(step)[:1]]
-        for _ in range(warmup):
-            self._block()
-        if self.run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.run.device)
-        totals = ("positions", "real_tokens", "supervised_tokens")
-        return {name: sum(getattr(batch, name) for batch in self.batches) for name in totals}
-
-    def _block(self) -> float:
-        self._synchronize()
-        began = time.perf_counter()
-        for batch in self.batches:
-            self.run.micro_step(self.run, batch, batch.supervised_tokens)
-        self._synchronize()
-        seconds = time.perf_counter() - began
-        self.run.optimizer.zero_grad()
-        return seconds
-
-    def _synchronize(self) -> None:
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
-
-    def time_block(self) -> dict:
-        """Seconds for one pass, forward and backward, over the prepared micro-batches."""
-        return {"seconds": self._block()}
-
-    def finish_timing(self) -> dict:
-        """Peak memory (device memory on CUDA, resident memory of the process on a CPU) and launches a micro-step."""
-        if self.run.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.run.device)
-            launches, names = count_launches(lambda: self.run.micro_step(self.run, self.batches[0], 1))
-            self.run.optimizer.zero_grad()
-        else:
-            peak, launches, names = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None, {}
-        return {"peak_memory_bytes": peak, "launches": launches, "kernels": names}
+    def distances(self, state: str, rows: str) -> dict:
+        """The sums over a state's probes; row sums go to the file `rows`."""
+        self._release()
+        answer = plain(self.distances_of[state], rows)
+        marks = self.marks[state]
+        return answer | {"fingerprints": [mark for mark, _ in marks], "losses": [losses for _, losses in marks]}
 
 
-COMMANDS = ("build", "free_run", "oracle", "gradients", "prepare_timing", "time_block", "finish_timing")
+COMMANDS = (
+    "build", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances", "structure", "update", "work",
+    "tripwire", "trace",
+    "prepare_timing", "time_block", "finish_timing",
+)  # fmt: skip
 
 
 def main() -> None:

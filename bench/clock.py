@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from abtest.arm import Arm
-from abtest.experiment import OnProgress
+from abtest.settings import OnProgress
 from bench.records import Perf
 from bench.timing import ratio_interval
 

@@ -15,23 +15,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from abtest.arm import ArmFailed, ArmSpec
-from abtest.experiment import Candidate, Experiment, GateConfig
+from abtest.command import arm_units as gate_units
+from abtest.command import check_gate, default_for, gate_config, reference_units
+from abtest.environment import describe
+from abtest.experiment import Candidate, Experiment
+from abtest.progress import GateProgress
+from abtest.settings import GateConfig
 from abtest.verdict import Level, Verdict
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.clock import TimingConfig, time_arms, time_equals
-from bench.environment import describe
 from bench.micro import run_micro
 from bench.plan import ArmPlan, combination, plan_arms
-from bench.progress import BenchProgress
 from bench.records import Record, append, read
 from bench.report import render, summary_json
 from kernels import registry
 from kernels.contract import Exactness
 from loop.cli import guarded, parse
-from loop.config import Config, config_of
+from loop.config import Config
 from loop.errors import UserError
 from loop.model import resolve_device
 from loop.recipe import load_recipe, to_plain
@@ -55,7 +56,7 @@ class Bench:
     """One run: the experiment, what is the same in all its records, and the records so far."""
 
     def __init__(
-        self, command: Command, progress: BenchProgress, experiment: Experiment, ceilings: Ceilings, facts: dict[str, Any]
+        self, command: Command, progress: GateProgress, experiment: Experiment, ceilings: Ceilings, facts: dict[str, Any]
     ) -> None:
         self.command, self.progress, self.experiment, self.facts = command, progress, experiment, facts
         self.ceilings, self.matmul_rate = ceilings, ceilings.matmul_flops_per_s
@@ -163,13 +164,12 @@ class Bench:
 
 
 def arm_units(command: Command) -> int:
-    return 2 * command.gate.probes + command.gate.steps + command.timing.blocks
+    return gate_units(command.gate) + command.timing.blocks
 
 
 def planned_units(command: Command, arms: int) -> int:
     """Units of work for the progress bar: a unit is a step of training, a probe batch or a block of timing."""
-    gate = command.gate
-    reference = 4 * gate.probes + (2 + gate.replicas) * gate.steps + command.timing.blocks
+    reference = reference_units(command.gate) + command.timing.blocks
     return reference + (arms + command.combine) * arm_units(command)
 
 
@@ -180,20 +180,22 @@ def main(argv: list[str] | None = None) -> int:
     _check(command)
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, here and in the arms
-    arms = plan_arms(command.arms, _config(command), device)
+    arms = plan_arms(command.arms, gate_config(command, command.gate), device)
     ceilings = measure_ceilings(device)
     facts = _facts(command, describe(device), ceilings, str(dtype).removeprefix("torch."))
     _check_records(command.reports, facts["environment"]["device_slug"])
     with (
         tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
-        BenchProgress(planned_units(command, len(arms))) as progress,
-        Experiment(_config(command), command.gate, Path(scratch), dict(os.environ), progress) as experiment,
+        GateProgress(planned_units(command, len(arms))) as progress,
+        Experiment(
+            gate_config(command, command.gate), command.gate, Path(scratch), dict(os.environ), progress
+        ) as experiment,
     ):
         bench = Bench(command, progress, experiment, ceilings, facts)
         bench.reference()
         for plan in arms:
             bench.arm(plan)
-        together = combination(bench.passed(), _config(command)) if command.combine else None
+        together = combination(bench.passed(), gate_config(command, command.gate)) if command.combine else None
         if together is not None:
             bench.arm(together)
     render(command.reports / "data", command.reports)
@@ -202,26 +204,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _default(arguments: list[str]) -> Command:
-    """The recipe for the device: the 2B shape where there is a GPU, the small model elsewhere."""
-    wants_cpu = any(a == "--device=cpu" or arguments[i : i + 2] == ["--device", "cpu"] for i, a in enumerate(arguments))
-    name = "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"
-    return load_recipe(Path(__file__).parent / "recipes" / f"{name}.toml", Command())
-
-
-def _config(command: Command) -> Config:
-    """The arms' configuration: as many steps as the gate runs, and attention that repeats itself while it does."""
-    return dataclasses.replace(config_of(command), steps=command.gate.steps, repeatable_attention=True)
+    """The gate's recipe for the device, with how much to time added."""
+    command = default_for(arguments, Command())
+    return load_recipe(Path(__file__).parent / "recipes" / f"{command.device}.toml", command)
 
 
 def _check(command: Command) -> None:
-    if command.lora.dropout:
-        raise UserError("lora.dropout must be 0 here: gradients are compared with an oracle that drops nothing out")
-    if command.output is not None or command.resume:
-        raise UserError("--output and --resume are for python -m loop.train; this command keeps records only")
+    check_gate(command)
     for name, value, least in (
-        ("gate.steps", command.gate.steps, 2), ("gate.replicas", command.gate.replicas, 2),
-        ("gate.probes", command.gate.probes, 3), ("timing.blocks", command.timing.blocks, 2),
-        ("timing.micro_batches", command.timing.micro_batches, 1),
+        ("timing.blocks", command.timing.blocks, 2), ("timing.micro_batches", command.timing.micro_batches, 1),
     ):  # fmt: skip
         if value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
@@ -250,6 +241,7 @@ def _facts(command: Command, environment: dict[str, Any], ceilings: Ceilings, dt
     recipe = to_plain(command) | {"dtype": dtype, "steps": command.gate.steps}
     for machine_path in ("reports", "output"):
         recipe.pop(machine_path, None)
+    recipe["gate"].pop("oracle_cache", None)
     sha = (environment["git_sha"] or "nogit")[:7]
     return {
         "run_id": f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sha}",

@@ -62,8 +62,8 @@ def device_page(device: Device, shipping: Shipping, plotted: bool) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def index_page(devices: Sequence[tuple[Device, Shipping]]) -> str:
-    """Markdown of `reports/README.md`."""
+def index_page(devices: Sequence[tuple[Device, Shipping]], gated: bool) -> str:
+    """Markdown of `reports/README.md`. gated: whether there is a report on the gate itself to link to."""
     header = ("device", "switch on", "speed", "real tok/s", "peak memory", "verdict", "measured with", "finished")
     rows = []
     for device, shipping in devices:
@@ -85,7 +85,8 @@ def index_page(devices: Sequence[tuple[Device, Shipping]]) -> str:
         "`python -m loop.train --data my.jsonl` switches on what `shipping.toml` allows for the device that it runs on. "
         "Arrows go from the reference to what ships; verdicts belong to a device and do not carry over to another."
     )
-    return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{how}\n\n{LEGEND}\n"
+    gate = "\n[The gate itself](gate/README.md): what it catches, what it lets through, and every arm gated in full.\n"
+    return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{how}\n\n{LEGEND}\n{gate if gated else ''}"
 
 
 def _speeds(before: Perf | None, after: Perf | None) -> str:

@@ -5,50 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from abtest.report import site
+from abtest.report.site import write
 from bench.records import Record
 from bench.report import overview, pages, plots, shipping
 from bench.report.devices import Device, load
-from bench.report.text import MARK, page_name, prose
+from bench.report.text import page_name, prose
 from loop.errors import UserError
-from loop.files import replacing
 
+PATTERNS = ("*.md", "*/*.md", "*/*.png", "*/shipping.toml", *site.PATTERNS)
 EARLIER = "no: not in the newest run"
 
 
 def render(data_dir: Path, out_dir: Path) -> list[Path]:
-    """Writes the whole report of the records in `data_dir`/<device_slug>/*.jsonl to `out_dir`.
+    """Writes the whole report of the records in `data_dir`/<device_slug>/*.jsonl and `data_dir`/gate to `out_dir`.
 
     The files are a function of the records alone. A file that already says the same is left as it is, and a file that an
     earlier rendering made and no record explains any more is removed. Returns the report's files, relative to `out_dir`,
     sorted. Raises UserError for a record that is not valid, naming file and line; nothing is written then.
     """
-    content = files(data_dir)
-    for path, data in content.items():
-        target = out_dir / path
-        if not (target.is_file() and same(path, target.read_bytes(), data)):
-            with replacing(target) as temporary:
-                temporary.write_bytes(data)
-    for path in sorted(generated(out_dir) - set(content)):
-        (out_dir / path).unlink()
-    return sorted(content)
+    return write(files(data_dir), out_dir, PATTERNS)
 
 
 def differences(data_dir: Path, out_dir: Path) -> list[str]:
     """The report's files in `out_dir` that are missing, differ from what the records say, or have no record, with which."""
-    found = []
-    content = files(data_dir)
-    for path, data in sorted(content.items()):
-        if not (out_dir / path).is_file():
-            found.append(f"{path} (missing)")
-        elif not same(path, (out_dir / path).read_bytes(), data):
-            found.append(f"{path} (differs)")
-    return found + [f"{path} (no record)" for path in sorted(generated(out_dir) - set(content))]
+    return site.differences(files(data_dir), out_dir, PATTERNS)
 
 
 def files(data_dir: Path) -> dict[Path, bytes]:
     """Every file of the report and its bytes, in memory."""
     devices = [(device, shipping.decide(device.current)) for device in load(data_dir)]
-    content = {Path("README.md"): overview.index_page(devices).encode("utf-8", "replace")}
+    content = site.files(data_dir)
+    index = overview.index_page(devices, gated=bool(content))
+    content[Path("README.md")] = index.encode("utf-8", "replace")
     for device, decision in devices:
         if device.slug == data_dir.name:
             raise UserError(f"{data_dir / device.slug}: a device can't have the name of the records' folder")
@@ -78,21 +67,3 @@ def _answer(record: Record, decision: shipping.Shipping, reason: str | None) -> 
     if reason is None:
         return None
     return f"{'**yes**' if overview.ships(record, decision) else 'no'}: {prose(reason)}"
-
-
-def same(path: Path, one: bytes, two: bytes) -> bool:
-    """Whether two versions of a report file say the same: text to the byte, plots by their numbers and pixels."""
-    return plots.same_image(one, two) if path.suffix == ".png" else one == two
-
-
-def generated(out_dir: Path) -> set[Path]:
-    """The files in `out_dir` and its device folders that a rendering made, by their mark; relative to `out_dir`."""
-    if not out_dir.is_dir():
-        return set()
-    found = [path for pattern in ("*.md", "*/*.md", "*/*.png", "*/shipping.toml") for path in out_dir.glob(pattern)]
-    return {path.relative_to(out_dir) for path in found if path.is_file() and _marked(path)}
-
-
-def _marked(path: Path) -> bool:
-    data = path.read_bytes()
-    return plots.is_ours(data) if path.suffix == ".png" else MARK.encode() in data[:400]

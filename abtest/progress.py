@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class BenchProgress:
+class GateProgress:
     """On a terminal a live bar; elsewhere (a log, CI) one line when an arm enters a phase.
 
     `planned`: the units of work of the whole run, one a step, which the remaining time is estimated from.
@@ -24,11 +24,11 @@ class BenchProgress:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         self.progress = Progress(*columns, console=console, disable=not self.live)
-        self.task = self.progress.add_task("bench", total=planned, arm="starting", phase="")
-        self.planned, self.done, self.phase = planned, 0, ("", "")
+        self.task = self.progress.add_task("work", total=planned, arm="starting", phase="")
+        self.planned, self.done, self.said = planned, 0, set()
         self.began = time.monotonic()
 
-    def __enter__(self) -> BenchProgress:
+    def __enter__(self) -> GateProgress:
         self.progress.start()
         return self
 
@@ -38,10 +38,10 @@ class BenchProgress:
     def __call__(self, arm: str, phase: str, done: int, total: int) -> None:
         """One more unit of work is done: step `done` of `total` of `phase` in `arm`."""
         self.done += 1
-        if not self.live and (arm, phase) != self.phase:
+        if not self.live and (arm, phase) not in self.said:  # arms may take turns
             share, seconds = 100 * self.done // max(self.planned, 1), time.monotonic() - self.began
             print(f"[{share:3d} %, {seconds:4.0f} s] {arm}: {phase} ({total} steps)", file=sys.stderr, flush=True)
-        self.phase = (arm, phase)
+        self.said.add((arm, phase))
         self.progress.update(self.task, completed=self.done, arm=arm, phase=f"{phase}, step {done}/{total}")
 
     def skip(self, units: int) -> None:

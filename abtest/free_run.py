@@ -1,0 +1,109 @@
+"""Training an arm for the record: every step's loss and the fingerprints of everything it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from abtest import fingerprint as fp
+from abtest.census import counted_replays
+from abtest.perturb import kick
+from abtest.states import Held
+from loop.batch import PackedBatch
+from loop.data import Dataset
+from loop.files import write_safetensors
+from loop.run import Run
+from loop.training import accumulate
+
+KEYS = ("loss", "gradients", "state", "rng", "lr", "batch", "supervised")
+
+
+def step_batches(run: Run, dataset: Dataset, step: int) -> list[PackedBatch]:
+    return dataset.micro_batches(step, run.config.grad_accum, run.config.data.packs_per_micro_step)
+
+
+def free_run(
+    run: Run,
+    dataset: Dataset,
+    steps: int,
+    on_step: Callable[[int, int], None],
+    resync: Mapping[int, Path] | None = None,
+    before_step: Callable[[int], None] | None = None,
+    kick_seed: int | None = None,
+) -> dict[str, Any]:
+    """Trains for `steps` steps; the loss of each is a double, the sum over its micro-steps' fp32 sums.
+
+    resync: before these steps the optimizer takes the state in the file, the reference's. With `kick_seed` the run is a
+    replica for the noise floor: kicked at the start and after every resync, and only its losses are asked for. "still"
+    names what no step moved; what a resync moves doesn't count.
+    """
+    out: dict[str, Any] = {key: [] for key in KEYS}
+    start, still = _marks(run), set(run.optimizer.masters)
+    if kick_seed is not None:
+        kick(run, kick_seed)
+    micro_steps = 0
+    with counted_replays() as replays:
+        for step in range(steps):
+            if resync and step in resync:
+                still -= _moved(run, start)
+                take_state(run, resync[step])
+                if kick_seed is not None:
+                    kick(run, kick_seed + 1000 * step, trained_only=True)
+                start = _marks(run)
+            if before_step is not None:
+                before_step(step)
+            batches = step_batches(run, dataset, step)
+            micro_steps += len(batches)
+            _step(run, batches, step, out, kick_seed is None)
+            on_step(step + 1, steps)
+    still -= _moved(run, start)
+    return out | {"still": sorted(still), "replays": replays[0], "micro_steps": micro_steps}
+
+
+def _marks(run: Run) -> dict[str, str]:
+    return {name: fp.fingerprint({"": master}) for name, master in run.optimizer.masters.items()}
+
+
+def _moved(run: Run, start: dict[str, str]) -> set[str]:
+    return {name for name, mark in _marks(run).items() if mark != start.get(name)}
+
+
+def _step(run: Run, batches: list[PackedBatch], step: int, out: dict[str, list], fingerprints: bool) -> None:
+    supervised = sum(batch.supervised_tokens for batch in batches)
+    sums = accumulate(run, batches, supervised)
+    if fingerprints:
+        out["gradients"].append(fp.fingerprint(run.optimizer.gradients()))
+    lr, _ = run.optimizer.step(step)
+    if fingerprints:
+        out["state"].append(fp.fingerprint(run.optimizer.state()))
+        out["rng"].append(fp.rng_fingerprint(run.device))
+        out["batch"].append(fp.batch_fingerprint(batches))
+    out["loss"].append(sum(sums) / max(supervised, 1))
+    out["lr"].append(lr)
+    out["supervised"].append(supervised)
+
+
+def save_state(run: Run, path: Path) -> None:
+    """The optimizer's whole state: masters, moments, step counts."""
+    write_safetensors(path, {name: value.detach().cpu().contiguous() for name, value in run.optimizer.state().items()})
+
+
+def take_state(run: Run, path: Path) -> None:
+    run.optimizer.load_state(load_file(path))
+
+
+def initial_file(held: Held, run: Run, folder: Path) -> str:
+    """The weights that the arm starts from, as a state."""
+    path = folder / "step-0.safetensors"
+    held.save(run, path)
+    return str(path)
+
+
+@torch.no_grad()
+def state_bytes(run: Run) -> int:
+    """What `save_state` would write: three fp32 tensors a parameter."""
+    return sum(3 * 4 * master.numel() for master in run.optimizer.masters.values())

@@ -1,0 +1,123 @@
+"""Check 1: without these the comparison cannot be trusted, and the answer is INVALID, never a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from abtest.census import changes
+from abtest.evidence import Evidence, same_bits
+from abtest.gradients import Comparison
+from abtest.limits import PACKING, RECURRENCE, REFERENCE_ERROR, SHARE
+from abtest.states import OVERFIT
+from abtest.verdict import Check
+
+
+def preflight(
+    reference: Evidence, repeat: Evidence | None, candidate: Evidence, wanted: Sequence[str], compared: dict[str, Comparison]
+) -> list[Check]:
+    """Everything without which the comparison cannot be trusted. `wanted`: the optimizations that should be on."""
+    checks = []
+    if repeat is not None:
+        difference = same_bits(reference, repeat)
+        checks.append(_check("the reference repeats itself bitwise", difference is None, difference or ""))
+    checks += _same_inputs(reference, candidate) + _switched_on(candidate, wanted)
+    checks += _gradients_complete(reference, candidate)
+    checks += _reference_right(reference, compared)
+    checks += _moving(reference, candidate)
+    if wanted and reference.work is not None and candidate.work is not None:
+        checks += _ran(reference, candidate)
+    return checks
+
+
+def _check(name: str, passed: bool, detail: str = "", state: str = "", value=None, limit=None) -> Check:
+    return Check(name, value, limit, passed, detail, 1, state)
+
+
+def _same_inputs(reference: Evidence, candidate: Evidence) -> list[Check]:
+    sides = (
+        ("initial weights", reference.build["weights"], candidate.build["weights"]),
+        ("frozen weights", reference.build["frozen"], candidate.build["frozen"]),
+        ("trained tensors", reference.build["elements"], candidate.build["elements"]),
+        ("data", reference.build["data"]["content_hash"], candidate.build["data"]["content_hash"]),
+        ("seed", reference.build["seed"], candidate.build["seed"]),
+        ("batches", reference.free_run["batch"], candidate.free_run["batch"]),
+        ("learning rates", reference.free_run["lr"], candidate.free_run["lr"]),
+        ("supervised tokens", reference.free_run["supervised"], candidate.free_run["supervised"]),
+    )
+    return [_check(f"same {name} in both arms", one == other) for name, one, other in sides]
+
+
+def _switched_on(candidate: Evidence, wanted: Sequence[str]) -> list[Check]:
+    off = sorted(set(wanted) - set(candidate.build["enabled"]))
+    checks = [_check("the candidate is switched on", not off, f"off: {', '.join(off)}" if off else "")]
+    if wanted:
+        changed = bool(candidate.build["changed"])
+        checks.append(_check("switching it on changed the run", changed, "" if changed else "no seam changed"))
+    return checks
+
+
+def _gradients_complete(reference: Evidence, candidate: Evidence) -> list[Check]:
+    checks = []
+    expected = sum(reference.build["elements"].values())
+    for state, own in reference.gradients.items():
+        answer = candidate.gradients.get(state, {"problems": ["the candidate reported none"], "elements": 0})
+        problems, count = answer["problems"] + own["problems"], answer["elements"]
+        complete = not problems and count == own["elements"] == expected * len(own["fingerprints"])
+        first = problems[0] if problems else ""
+        checks.append(_check("gradients complete and finite", complete, first, state, float(count)))
+    return checks
+
+
+def _reference_right(reference: Evidence, compared: dict[str, Comparison]) -> list[Check]:
+    checks = []
+    for state, own in reference.gradients.items():
+        error = own["packing_error"]
+        checks.append(
+            _check("reference packed as unpacked", error <= PACKING, own["packing_error_name"], state, error, PACKING)
+        )
+        if own.get("recurrence_error") is not None:
+            error, where = own["recurrence_error"]
+            checks.append(
+                _check("oracle's delta rule as the recurrence", error <= RECURRENCE, where, state, error, RECURRENCE)
+            )
+    for state, comparison in compared.items():
+        if state != OVERFIT:  # there even an honest gradient is mostly rounding
+            error = comparison.reference_error
+            near = 0 < error <= REFERENCE_ERROR  # no error at all means that the oracle is no oracle
+            checks.append(_check("reference close to the oracle", near, "", state, error, REFERENCE_ERROR))
+        share = comparison.share
+        checks.append(_check("share of parameters with a gradient", share >= SHARE, "", state, share, SHARE))
+    for finding in reference.findings:
+        if not finding["passed"]:
+            checks.append(_check(f"reference: {finding['name']}", False, finding["detail"]))
+    if reference.update is not None:
+        wrong = reference.update["problems"] or not reference.update["error"] <= reference.update["limit"]
+        checks.append(_check("the reference's update is right", not wrong, reference.update["name"]))
+    return checks
+
+
+def _moving(reference: Evidence, candidate: Evidence) -> list[Check]:
+    states = reference.free_run["state"]
+    frozen = states[0] == states[-1] and len(states) > 1
+    stuck = sorted(set(candidate.free_run["still"]) - set(reference.free_run["still"]))
+    return [_check("weights move", not frozen and not stuck, f"{len(stuck)} never move, first {stuck[0]}" if stuck else "")]
+
+
+def _ran(reference: Evidence, candidate: Evidence) -> list[Check]:
+    """Proof that the candidate ran: other bits than the reference, or some of the reference's work no longer done."""
+    change = changes(reference.work, candidate.work)
+    replays, micro_steps = candidate.free_run["replays"], candidate.free_run["micro_steps"]
+    differs = same_bits(reference, candidate) is not None
+    ran = differs or bool(change.gone) or replays > 0
+    detail = "" if ran else "it has the reference's bits and still does all of the reference's work"
+    checks = [_check("the candidate did work of its own", ran, detail)]
+    if replays:
+        checks.append(
+            _check(
+                "graph replays are whole micro-steps", replays % micro_steps == 0, f"{replays} in {micro_steps} micro-steps"
+            )
+        )
+    wire = candidate.tripwire
+    if wire is not None:
+        checks.append(_check("the tripwire turns the gate red", wire["red"], wire["detail"]))
+    return checks

@@ -1,0 +1,220 @@
+"""`python -m abtest.sensitivity`: judges the judge.
+
+Plants every defect of the catalogue, and every honest rewrite with eight seeds, on a small model, puts each through the
+whole gate, and publishes which checks caught what: `reports/gate/README.md`, from `reports/data/gate/<device>.jsonl`.
+
+Calibration and hold-out differ in seeds (so in weights, data order and probes), in states and in mutants: limits may be set
+by looking at the first half, and are judged by the second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abtest import limits
+from abtest.catalogue import Case, Planted, cases, catalogue
+from abtest.command import check_gate, gate_config
+from abtest.environment import describe
+from abtest.report import render, write_sensitivity
+from abtest.settings import GateConfig
+from abtest.units import Unit, run_unit
+from loop.cli import guarded, parse
+from loop.config import Config, DataConfig, LoraConfig
+from loop.errors import UserError
+from loop.model import resolve_device
+from loop.recipe import to_plain
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALES = (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01)  # of the sweep, relative errors of one projection
+SWEPT = ("lora_scale_off", "down_projection_off")  # the mutants whose magnitude is such an error
+
+
+@dataclass(frozen=True)
+class Command(Config):
+    """Flags of `python -m abtest.sensitivity`."""
+
+    methods: tuple[str, ...] = ("lora", "full")  # seeds take turns in them
+    every_method: bool = False  # every seed and every defect in each method, which takes as many times as long
+    seeds: int = 8  # of the honest rewrites; the first half are calibration, the second half hold-out
+    only: tuple[str, ...] = ()  # names or families of the catalogue; empty: all of it
+    carrier: tuple[str, ...] = ("auto",)  # optimizations on which defects ride; auto: ssm_fast_path on CUDA, none elsewhere
+    sweep: bool = True  # look for the smallest scale error of one projection that is caught
+    processes: int = 0  # gates at a time; 0: one a core, at most 8 on a GPU
+    gate: GateConfig = field(default_factory=GateConfig)
+    reports: Path = ROOT / "reports"
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    default = Command(lora=LoraConfig(rank=8, alpha=16.0), data=DataConfig(pack_length=192), grad_accum=2)
+    command = parse(
+        default, "python -m abtest.sensitivity", "Plants defects and honest rewrites, and gates them.", arguments
+    )
+    check_gate(command)
+    device, dtype = resolve_device(command)
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    command = dataclasses.replace(command, device=device.type, dtype=str(dtype).removeprefix("torch."))
+    planned = plan(command, device)
+    began, started = time.monotonic(), _now()
+    lines, sweep = run_units(planned, processes(command, device))
+    environment = describe(device)
+    facts = {
+        "run_id": f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{(environment['git_sha'] or 'nogit')[:7]}",
+        "command": shlex.join(["python", "-m", "abtest.sensitivity", *arguments]),
+        "environment": environment, "recipe": _recipe(command), "carrier": list(carrier(command, device)),
+        "limits": {name: value for name, value in vars(limits).items() if name.isupper()},
+        "started": started, "finished": _now(), "seconds": time.monotonic() - began,
+    }  # fmt: skip
+    write_sensitivity(command.reports / "data", environment["device_slug"], lines, facts, sweep)
+    render(command.reports / "data", command.reports)
+    print(json.dumps(summary(lines)))
+    return 0
+
+
+def plan(command: Command, device: torch.device) -> list[Unit]:
+    """One unit a method and seed: a reference of its own, every honest rewrite, and its share of the defects."""
+    chosen = [
+        planted for planted in catalogue().values() if not command.only or {planted.name, planted.family} & set(command.only)
+    ]
+    if not chosen:
+        raise UserError(f"--only {' '.join(command.only)}: nothing in the catalogue has such a name or family")
+    half = command.seeds // 2
+    if (half < len(command.methods) and not command.every_method) or half < 1:
+        raise UserError(f"--seeds {command.seeds}: calibration and hold-out each need one for every method")
+    wrong = [method for method in command.methods if method not in ("lora", "full")]
+    if wrong or not command.methods:
+        raise UserError(f"--methods {' '.join(wrong)}: lora or full is expected")
+    defects = share_out([planted for planted in chosen if planted.kind == "mutant"], command)
+    units = []
+    for method, seed in places(command):
+        config = dataclasses.replace(gate_config(command, command.gate), method=method, seed=seed)
+        settings = dataclasses.replace(command.gate, seed=seed, parallel=1)
+        benign = [
+            case.id
+            for planted in chosen
+            if planted.kind == "benign" and method in planted.methods
+            for case in cases(planted)
+        ]
+        first = seed < len(command.methods) or half <= seed < half + len(command.methods)
+        swept = sweep_cases(method) if command.sweep and not command.only and first else []
+        split = "calibration" if seed < half else "holdout"
+        own = defects.get((method, seed), [])
+        units.append(Unit(config, settings, carrier(command, device), split, tuple(benign), tuple(own), tuple(swept)))
+    return units
+
+
+def places(command: Command) -> list[tuple[str, int]]:
+    """The methods and seeds that get a reference: every pair of them, or each seed in one method by turns."""
+    if command.every_method:
+        return [(method, seed) for method in command.methods for seed in range(command.seeds)]
+    return [(command.methods[seed % len(command.methods)], seed) for seed in range(command.seeds)]
+
+
+def share_out(mutants: list[Planted], command: Command) -> dict[tuple[str, int], list[str]]:
+    """Which cases go where: calibration mutants to the first half of the seeds, hold-out mutants to the second, spread
+    evenly; each case once, or once for every method in which it has an effect."""
+    half, held_out = command.seeds // 2, holdout([planted.name for planted in mutants])
+    out: dict[tuple[str, int], list[str]] = {}
+    counts: dict[tuple[str, bool], int] = {}
+    for index, planted in enumerate(mutants):
+        side = planted.name in held_out
+        methods = [method for method in command.methods if method in planted.methods]
+        for number, case in enumerate(cases(planted) if methods else ()):
+            turn = (index + number + number // len(methods)) % len(methods)  # not every small magnitude to one method
+            for method in methods if command.every_method else [methods[turn]]:
+                own = [seed for m, seed in places(command) if m == method and (seed >= half) == side]
+                count = counts.get((method, side), 0)
+                out.setdefault((method, own[count % len(own)]), []).append(case.id)
+                counts[method, side] = count + 1
+    return out
+
+
+def holdout(names: list[str]) -> set[str]:
+    """Every second mutant in the order of the alphabet."""
+    return set(sorted(names)[1::2])
+
+
+def sweep_cases(method: str) -> list[str]:
+    known = catalogue()
+    swept = [known[name] for name in SWEPT if method in known[name].methods]
+    return [Case(planted, layer, scale).id for planted in swept for layer in planted.layers for scale in SCALES]
+
+
+def carrier(command: Command, device: torch.device) -> tuple[str, ...]:
+    if command.carrier == ("auto",):
+        return ("ssm_fast_path",) if device.type == "cuda" and command.model.startswith("qwen3.5") else ()
+    return tuple(name for name in command.carrier if name != "none")
+
+
+def processes(command: Command, device: torch.device) -> int:
+    if command.processes:
+        return command.processes
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, 8) if device.type == "cuda" else cores
+
+
+def run_units(units: list[Unit], workers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every unit in a process of its own, `workers` at a time; their lines in the order of the units."""
+    context = multiprocessing.get_context("spawn")
+    done: dict[int, tuple[list[dict], list[dict]]] = {}
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="isoloss-") as scratch, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        running = {pool.submit(run_unit, unit, Path(scratch) / str(index)): index for index, unit in enumerate(units)}
+        for future in as_completed(running):
+            index = running[future]
+            done[index] = future.result()
+            caught = sum(line["caught"] for line in done[index][0] if line["kind"] == "mutant")
+            alarms = sum(line["caught"] for line in done[index][0] if line["kind"] == "benign")
+            count = len(done[index][0])
+            print(
+                f"[{time.monotonic() - began:5.0f} s] {len(done)}/{len(units)} {units[index].config.method}, seed "
+                f"{units[index].config.seed}: {count} gates, {caught} defects caught, {alarms} false alarms",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    ordered = [done[index] for index in sorted(done)]
+    return [line for lines, _ in ordered for line in lines], [line for _, sweep in ordered for line in sweep]
+
+
+def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the last line on stdout says."""
+    out: dict[str, Any] = {}
+    for split in ("calibration", "holdout"):
+        own = [line for line in lines if line["split"] == split and line["kind"] == "mutant" and not line["equivalent"]]
+        out[split] = {"mutants": len(own), "caught": sum(line["caught"] for line in own)}
+    benign = [line for line in lines if line["kind"] == "benign"]
+    alarms = [f"{line['name']} ({line['method']}, seed {line['seed']})" for line in benign if line["caught"]]
+    survivors = [line for line in lines if line["kind"] == "mutant" and not line["equivalent"] and not line["caught"]]
+    return out | {
+        "benign": len(benign), "false_alarms": alarms,
+        "survivors": sorted(f"{s['name']}:{s['layer']}:{s['magnitude']:g} ({s['method']})" for s in survivors),
+    }  # fmt: skip
+
+
+def _recipe(command: Command) -> dict[str, Any]:
+    recipe = to_plain(command)
+    for machine_path in ("reports", "output"):
+        recipe.pop(machine_path, None)
+    recipe["gate"].pop("oracle_cache", None)
+    return recipe
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+if __name__ == "__main__":
+    guarded(main)

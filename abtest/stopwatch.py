@@ -1,0 +1,66 @@
+"""Timing one arm: seconds for blocks of micro-steps, memory, launches. The clock on the other side takes arms in turn."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+from abtest.census import count_launches
+from abtest.free_run import step_batches
+from loop import attention
+from loop.data import Dataset
+from loop.run import Run
+
+
+class Stopwatch:
+    """The timing commands of a worker, which holds `run` and `dataset`."""
+
+    run: Run
+    dataset: Dataset
+
+    def prepare_timing(self, micro_batches: int, warmup: int) -> dict:
+        """Puts the micro-batches on the device and warms up; peak memory counts from here.
+
+        An arm with the reference's attention is timed with transformers' plain SDPA, because that is what a user gets; on
+        Hopper its repeatable form is twice as slow as a whole stock micro-step. An arm with its own attention keeps it.
+        """
+        if self.run.model.config._attn_implementation == attention.NAME:
+            self.run.model.set_attn_implementation(attention.PLAIN)
+        steps = [step_batches(self.run, self.dataset, step)[:1] for step in range(micro_batches)]
+        self.batches = [batch.to(self.run.device) for batches in steps for batch in batches]
+        for _ in range(warmup):
+            self._block()
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.run.device)
+        totals = ("positions", "real_tokens", "supervised_tokens")
+        return {name: sum(getattr(batch, name) for batch in self.batches) for name in totals}
+
+    def _block(self) -> float:
+        self._synchronize()
+        began = time.perf_counter()
+        for batch in self.batches:
+            self.run.micro_step(self.run, batch, batch.supervised_tokens)
+        self._synchronize()
+        seconds = time.perf_counter() - began
+        self.run.optimizer.zero_grad()
+        return seconds
+
+    def _synchronize(self) -> None:
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+
+    def time_block(self) -> dict:
+        """Seconds for one pass, forward and backward, over the prepared micro-batches."""
+        return {"seconds": self._block()}
+
+    def finish_timing(self) -> dict:
+        """Peak memory (device memory on CUDA, resident memory of the process on a CPU) and launches a micro-step."""
+        if self.run.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.run.device)
+            launches, names = count_launches(lambda: self.run.micro_step(self.run, self.batches[0], 1))
+            self.run.optimizer.zero_grad()
+        else:
+            peak, launches, names = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None, {}
+        return {"peak_memory_bytes": peak, "launches": launches, "kernels": names}

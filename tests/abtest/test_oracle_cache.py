@@ -1,0 +1,169 @@
+"""Exact gradients on disk: found again, kept apart, bounded, never half a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import CONFIG
+
+from abtest import oracle_cache
+from abtest.oracle_cache import OracleCache
+from abtest.settings import GateConfig
+from abtest.truths import Truths
+from abtest.worker import Worker
+from loop import files
+from loop.config import LoraConfig
+from loop.recipe import to_plain
+
+ELEMENTS = 1000
+SIZE = 4 * ELEMENTS
+HEADER = 200  # bytes that a file has on top, at most
+
+
+def made(value: float, notes: dict[str, str] | None = None):
+    calls = []
+
+    def make():
+        calls.append(value)
+        return {"weight": torch.full((ELEMENTS,), value), "bias": torch.zeros(0)}, notes or {}
+
+    return make, calls
+
+
+def age(path: Path, seconds: float) -> None:
+    stamp = path.stat().st_mtime - seconds
+    os.utime(path, (stamp, stamp))
+
+
+def test_a_file_is_made_once_and_gives_its_notes_back(tmp_path: Path) -> None:
+    notes = {"packing_error": '[1e-07, "weight"]', "recurrence_error": "null"}
+    cache, (make, calls) = OracleCache(tmp_path / "new" / "folder", 10 * SIZE), made(3.0, notes)
+    path = cache.path("model", "weights", "probe", torch.float64)
+    assert cache.get(path, make) == notes
+    assert cache.get(path, make).items() >= notes.items() and calls == [3.0]
+    again = OracleCache(tmp_path / "new" / "folder", 10 * SIZE)
+    assert again.get(again.path("model", "weights", "probe", torch.float64), make).items() >= notes.items()
+    assert calls == [3.0]
+    kept = load_file(path)
+    assert torch.equal(kept["weight"], torch.full((ELEMENTS,), 3.0)) and kept["bias"].numel() == 0
+
+
+def test_gradients_of_a_view_or_another_layout_are_kept_whole(tmp_path: Path) -> None:
+    wide = torch.arange(12.0).view(3, 4)
+    cache = OracleCache(tmp_path, 10 * SIZE)
+    path = cache.path("views")
+    cache.get(path, lambda: ({"turned": wide.T, "part": wide[:, 1:3]}, {}))
+    kept = load_file(path)
+    assert torch.equal(kept["turned"], wide.T) and torch.equal(kept["part"], wide[:, 1:3])
+
+
+def test_whatever_determines_the_gradients_names_the_file(tmp_path: Path, monkeypatch) -> None:
+    cache = OracleCache(tmp_path, SIZE)
+    facts = ("model", "weights", "probe", torch.float64, torch.float32)
+    paths = {cache.path(*facts)}
+    for index in range(len(facts)):
+        paths.add(cache.path(*facts[:index], "another", *facts[index + 1 :]))
+    paths.add(cache.path("model", "weightsprobe", "", torch.float64, torch.float32))
+    monkeypatch.setattr(oracle_cache, "VERSION", oracle_cache.VERSION + 1)
+    paths.add(cache.path(*facts))
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    paths.add(cache.path(*facts))
+    assert len(paths) == len(facts) + 4 and all(path.parent == tmp_path for path in paths)
+
+
+def test_the_oldest_go_first_and_the_new_one_stays(tmp_path: Path) -> None:
+    cache = OracleCache(tmp_path, 3 * (SIZE + HEADER))
+    paths = [cache.path(index) for index in range(4)]
+    for index, path in enumerate(paths[:3]):
+        cache.get(path, made(float(index))[0])
+        age(path, 100 - index)
+    make, calls = made(0.0)
+    cache.get(paths[0], make)  # a hit: now it is the newest
+    assert calls == []
+    cache.get(paths[3], made(3.0)[0])
+    assert [path.exists() for path in paths] == [True, False, True, True]
+    assert cache.held() <= cache.budget
+
+
+def test_a_file_larger_than_the_budget_is_still_there(tmp_path: Path) -> None:
+    cache = OracleCache(tmp_path, SIZE // 2)
+    one, other = cache.path("one"), cache.path("other")
+    cache.get(one, made(1.0)[0])
+    assert one.exists()
+    cache.get(other, made(2.0)[0])
+    assert other.exists() and not one.exists()
+    assert float(load_file(other)["weight"][0]) == 2.0
+
+
+def test_half_of_the_free_disk_is_the_most(tmp_path: Path, monkeypatch) -> None:
+    first = OracleCache(tmp_path, 10 * SIZE)
+    first.get(first.path("one"), made(1.0)[0])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    cache = OracleCache(tmp_path, 10**12)
+    assert cache.budget == first.held() + 500
+
+
+def test_a_torn_write_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    cache = OracleCache(tmp_path, 10 * SIZE)
+    path = cache.path("torn")
+
+    def half(tensors, name, metadata=None):
+        Path(name).write_bytes(b"\x08\0\0\0\0\0\0\0{")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "save_file", half)
+        with pytest.raises(OSError, match="no space"):
+            cache.get(path, made(1.0)[0])
+    assert list(tmp_path.iterdir()) == []
+    make, calls = made(1.0)
+    cache.get(path, make)
+    assert calls == [1.0] and float(load_file(path)["weight"][0]) == 1.0
+
+
+def test_an_oracle_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    cache = OracleCache(tmp_path, 10 * SIZE)
+
+    def fails():
+        raise RuntimeError("the oracle has no gradient for 1 parameters")
+
+    with pytest.raises(RuntimeError, match="no gradient"):
+        cache.get(cache.path("one"), fails)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_in_the_folder_are_nobodys_business(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine" * 10_000)
+    cache = OracleCache(tmp_path, SIZE // 2)
+    cache.get(cache.path("one"), made(1.0)[0])
+    assert (tmp_path / "notes.txt").exists() and cache.held() < SIZE + HEADER
+
+
+def test_models_that_share_weights_alone_share_no_file() -> None:
+    """LoRA's scale and a model's settings are in no tensor, and the gradients depend on them."""
+
+    def mark(**changes) -> str:
+        worker = Worker(io.StringIO())
+        worker.build(to_plain(dataclasses.replace(CONFIG, model="mistral-tiny", **changes)), [])
+        return worker.model_mark
+
+    one = mark()
+    assert one == mark() and one != mark(lora=LoraConfig(rank=4, alpha=16.0)) and one != mark(seed=1)
+
+
+def test_of_what_is_noted_the_worst_is_kept() -> None:
+    truths = Truths(lambda: None, GateConfig(), {"step 0": ""}, lambda arm, phase, done, total: None)
+    for value in (1e-7, 3e-7, 2e-7):
+        truths._note("step 0", {"packing_error": [value, f"{value}"], "recurrence_error": None})
+    assert truths.notes["step 0"] == {"packing_error": [3e-7, "3e-07"]}
+    for value in (float("nan"), 1e-7):  # nothing outranks a number that is none
+        truths._note("step 0", {"packing_error": [value, "weight"]})
+    assert truths.notes["step 0"]["packing_error"][0] != truths.notes["step 0"]["packing_error"][0]

@@ -1,0 +1,59 @@
+"""Small runs to try the gate's parts on, each built anew in a tenth of a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from abtest.probes import Probe, tricky_batch
+from loop.batch import PackedBatch
+from loop.config import Config, DataConfig, LoraConfig
+from loop.data import Dataset
+from loop.lora import adapters
+from loop.run import Run
+from loop.training import build
+
+LENGTH = 192
+CONFIG = Config(
+    steps=4,
+    device="cpu",
+    dtype="float32",
+    grad_accum=2,
+    repeatable_attention=True,
+    lora=LoraConfig(rank=4, alpha=8.0),
+    data=DataConfig(pack_length=LENGTH),
+)
+
+
+def tiny(model: str = "qwen3.5-tiny", method: str = "lora", **changes: Any) -> tuple[Run, Dataset]:
+    """A run whose adapters add something and whose every other delta head forgets slowly, so that defects show."""
+    run, dataset = build(dataclasses.replace(CONFIG, model=model, method=method, **changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for adapter in adapters(run.model):
+            adapter.b.copy_(0.02 * torch.randn(adapter.b.shape, generator=generator))
+        for name, parameter in run.model.named_parameters():
+            if name.endswith("A_log"):
+                parameter[::2] = math.log(0.05)
+    return run, dataset
+
+
+def tricky(run: Run, seed: int, rows: int = 1) -> PackedBatch:
+    return tricky_batch(LENGTH // 2, rows, run.model.config.vocab_size, seed)
+
+
+def two_probes(run: Run) -> list[Probe]:
+    """Two rows, and one: many documents, and other tokens in each."""
+    return [(tricky(run, 1, rows=2),), (tricky(run, 2),)]
+
+
+def gradients(run: Run, batch: PackedBatch) -> dict[str, torch.Tensor]:
+    """Copies of what one micro-step accumulates, which it doesn't leave behind."""
+    run.optimizer.zero_grad()
+    run.micro_step(run, batch, batch.supervised_tokens)
+    found = {name: gradient.clone() for name, gradient in run.optimizer.gradients().items() if gradient is not None}
+    run.optimizer.zero_grad()
+    return found
