@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import torch
 
+from abtest.limits import ROW_FLOOR
+
 SMALL = 64  # tensors with fewer elements are pooled across layers
 
 
@@ -84,12 +86,17 @@ class Comparison:
     share: float
 
 
+def pooled(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Parameters by what they are compared as: small ones together with those of the same name in other layers."""
+    groups: dict[str, list[str]] = {}
+    for name, size in sizes.items():
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name) if size < SMALL else name, []).append(name)
+    return groups
+
+
 def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]) -> Comparison:
     """Both arms against the same oracle batches. `sizes` gives each parameter's number of elements."""
-    groups: dict[str, list[str]] = {}
-    for name in reference.error:
-        key = re.sub(r"\.\d+\.", ".*.", name) if sizes[name] < SMALL else name
-        groups.setdefault(key, []).append(name)
+    groups = pooled({name: sizes[name] for name in reference.error})
     ratios, errors = {}, []
     for key, names in groups.items():
         if not any(sum(reference.norm[n]) for n in names):
@@ -153,8 +160,8 @@ def _alpha(reference: Distances, candidate: Distances, names: list[str]) -> floa
 
 
 def _worst_row(reference: torch.Tensor, candidate: torch.Tensor) -> float:
-    """The largest row error ratio; a row's error counts as at least a tenth of the mean row's (RMS), so that rows the
-    reference happens to hit exactly do not divide by nothing."""
-    floor = reference.mean() * 0.01
+    """The largest row error ratio; a row's error counts as at least `ROW_FLOOR` of the mean row's (RMS): rows that the
+    reference happens to hit, or that have next to no gradient, would divide by nothing."""
+    floor = reference.mean() * ROW_FLOOR**2
     ratio = ((candidate + floor) / (reference + floor)).nan_to_num(nan=1.0 if not candidate.isnan().any() else math.inf)
     return math.sqrt(float(ratio.max()))

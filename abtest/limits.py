@@ -11,6 +11,7 @@ from __future__ import annotations
 RHO = 1.5  # the worst parameter
 GEOMEAN = 1.15  # the geometric mean over parameters
 ROW = 6.0  # the worst row of any parameter
+ROW_FLOOR = 0.3  # a row's error counts as at least so much of the mean row's; a tenth flagged FLA on rows without a gradient
 ALPHA = 0.003  # scale error <g, g*> / |g*|^2 beside the reference's, where it is significant
 ALPHA_T = 5.0  # significant: Student's t, paired over probes
 # At the overfit state gradients are what is left of p - 1, and luck weighs more.

@@ -41,9 +41,10 @@ class OpReport:
 
 
 def workloads_for(op: Op, device: torch.device) -> list[Workload]:
-    """All workloads on a GPU; elsewhere the small ones, in fp32, since Triton's interpreter truncates bf16."""
+    """All workloads but those beyond 2^31 elements on a GPU; elsewhere the small ones, in fp32, since Triton's interpreter
+    truncates bf16."""
     if device.type == "cuda":
-        return list(op.workloads)
+        return [workload for workload in op.workloads if not workload.beyond_int32]
     return [replace(workload, dtype="float32") for workload in op.workloads if workload.small]
 
 

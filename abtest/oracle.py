@@ -1,7 +1,7 @@
 """The truth that gradients are compared with: higher precision, and every document on its own.
 
-For a bf16 run the oracle computes in fp32 (TF32 off, attention as plain mathematics), for an fp32 run in fp64, on the same
-weights as the arm's compute dtype holds. Documents are never packed, so an arm that lets one document see another differs
+The oracle of an fp32 run, and of any small model, computes in fp64; that of a large bf16 model in fp32 (TF32 off, attention
+as plain mathematics), on the same weights as the arm's compute dtype holds. Documents are never packed, so an arm that lets one document see another differs
 from it. The delta rule runs in transformers' chunks, since token by token takes hours at a real size; that the two are the
 same is checked on short documents (`recurrence_error`).
 """
@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from abtest.gradients import pooled
 from abtest.probes import cut, documents, pack, supervised
 from loop.batch import IGNORE, PackedBatch
 from loop.delta_net import CHUNK, PackedDeltaNet
 from loop.model import plain_micro_step
 from loop.run import Run
 
-EXACT_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+FP64_PARAMETERS = 2**26  # up to this size fp64 costs little anywhere; beyond, many GPUs take 64 times as long for it
 
 
 class _Promote(TorchFunctionMode):
@@ -55,12 +56,30 @@ def exact_arithmetic(dtype: torch.dtype) -> Iterator[None]:
 
 
 def make_exact(run: Run) -> torch.dtype:
-    """Raises the run's model to the oracle's dtype, values unchanged. Returns that dtype."""
-    dtype = EXACT_DTYPE[run.dtype]
+    """Raises the run's model to the oracle's dtype, values unchanged, and collects its gradients there. Returns that dtype."""
+    size = sum(parameter.numel() for parameter in run.model.parameters())
+    dtype = torch.float64 if run.dtype == torch.float32 or size <= FP64_PARAMETERS else torch.float32
     if dtype == torch.float64:
         run.model.gradient_checkpointing_disable()  # a recomputed forward would not see `_Promote`
     run.model.to(dtype)
+    run.optimizer = ExactGradients(run.optimizer.parameters)
     return dtype
+
+
+class ExactGradients:
+    """Stands where the optimizer stood, whose hooks would round: gradients stay what backward made them."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.parameters = self.masters = parameters
+        for parameter in parameters.values():
+            parameter._post_accumulate_grad_hooks = None
+
+    def gradients(self) -> dict[str, torch.Tensor | None]:
+        return {name: parameter.grad for name, parameter in self.parameters.items()}
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
 
 def unpacked(batch: PackedBatch) -> Iterator[PackedBatch]:
@@ -118,16 +137,19 @@ def packing_error(
 
 
 def worst_error(gradients: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest relative distance |g - g*| / |g*| of any parameter, and its name; NaN is larger than anything."""
+    """The largest relative distance |g - g*| / |g*| of any parameter, and its name; NaN is larger than anything.
+
+    Small tensors are pooled across layers, as in the comparison of arms: four decay rates alone are ill-conditioned.
+    """
     worst, where = 0.0, ""
-    for name, gradient in gradients.items():
-        exact = truth[name].to(gradient.device)
-        norm, distance = float(exact.norm()), float((gradient - exact).norm())
+    for key, names in pooled({name: gradient.numel() for name, gradient in gradients.items()}).items():
+        norm = math.hypot(*(float(truth[name].norm()) for name in names))
+        distance = math.hypot(*(float((gradients[name] - truth[name].to(gradients[name].device)).norm()) for name in names))
         error = distance / norm if norm != 0 else (0.0 if distance == 0 else math.inf)
         if math.isnan(error):
-            return error, name  # nothing outranks it
+            return error, key  # nothing outranks it
         if error > worst:
-            worst, where = error, name
+            worst, where = error, key
     return worst, where
 
 

@@ -27,7 +27,7 @@ def poisoned(value: float) -> Iterator[None]:
     """Inside, uninitialised tensors asked for from Python hold `value`, on every device.
 
     Floating-point types hold what is nearest to `value`, complex ones hold it in both parts, integers the nearest that
-    fits (for NaN their largest value: an index far outside), booleans whether it is not 0, packed types all bits set or none.
+    fits (for NaN their largest value: an index far outside), booleans whether it is not 0, packed types all bits or none.
 
     The Python entry points are exchanged for all threads, so custom ops' implementations and backward threads see it, and
     nothing else of PyTorch changes: unlike its deterministic mode, this picks no other algorithms. Not reached: memory that

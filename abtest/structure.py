@@ -65,7 +65,8 @@ def inputs_unmodified(run: Run, probe: Probe) -> list[Finding]:
     batch = probe[0].to(run.device)
     counts = (batch.real_tokens, batch.supervised_tokens, batch.lengths)
     before, random = _held(run, batch), fp.rng_fingerprint(run.device)
-    run.micro_step(run, batch, supervised(probe))
+    for _ in range(2):  # what the first one left behind, the second may write to
+        run.micro_step(run, batch, supervised(probe))
     run.optimizer.zero_grad()
     after = _held(run, batch)
     wrong = [key for key in before | after if before.get(key) != after.get(key)]

@@ -1,7 +1,7 @@
 """Check 3: one optimizer update from given weights, moments and gradients, beside AdamW in fp64.
 
-The arithmetic is Loshchilov and Hutter's (Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2), written down
-once more here: an oracle that called the optimizer's own code would agree with its mistakes.
+The arithmetic is Loshchilov and Hutter's (Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2), written
+down once more here: an oracle that called the optimizer's own code would agree with its mistakes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ LEARNING_RATE, WEIGHT_DECAY, LOWEST_RATIO, LONGEST_WARMUP = 0.2, 0.5, 0.1, 10
 SIZE = 0.05  # root mean square of the weights at most, for the same reason: norms are brought down from 1
 NOISE = 0.02  # added to them, since a LoRA's B is all zeros and a norm's weight all ones
 MICRO_STEPS = 2
+MOST_PROBLEMS = 50  # that a report holds; a systematic one repeats for every tensor
 
 
 @dataclass
@@ -79,7 +80,7 @@ def update_config(config: Config) -> Config:
 
 
 def scenarios(steps: int) -> list[Scenario]:
-    """The first two steps of a run, one behind the warm-up and the last; clipped by far, not at all, by a hair, and by far."""
+    """The first two steps of a run, one behind the warm-up and the last; clipped by far, by a hair, or not at all."""
     cases = ((0, 50.0, "cold"), (1, 0.1, "on"), (10, 1.02, "warm"), (29, 7.0, "warm"), (29, 0.3, "warm"))
     return [Scenario(min(step, steps - 1), excess, start) for step, excess, start in cases]
 
@@ -87,8 +88,8 @@ def scenarios(steps: int) -> list[Scenario]:
 def check_update(run: Run, seed: int) -> UpdateReport:
     """Every scenario in turn on the run's own optimizer, whose masters and state are overwritten with seeded values.
 
-    The run should be built from `update_config`; afterwards it is spoilt for anything else. `run.optimizer` needs the methods
-    of `loop.optim.MasterAdamW`, and `state` and `load_state` its names. Raises what the optimizer raises.
+    The run should be built from `update_config`; afterwards it is spoilt for anything else. `run.optimizer` needs the
+    methods of `loop.optim.MasterAdamW`, and `state` and `load_state` its names. Raises what the optimizer raises.
     """
     report = UpdateReport()
     if not _check_names(run, report):
@@ -104,8 +105,7 @@ def rate_of(config: OptimConfig, step: int, steps: int) -> float:
     down to `min_lr_ratio` of it, which the last step has."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    length = steps - config.warmup_steps - 1
-    share = (step - config.warmup_steps) / length if length > 0 else 0.0
+    share = (step - config.warmup_steps) / max(steps - config.warmup_steps - 1, 1)
     floor = config.lr * config.min_lr_ratio
     return floor + (config.lr - floor) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
@@ -139,11 +139,12 @@ class _Update:
         self._check_cleared()
 
     def _problem(self, words: str) -> None:
-        self.report.problems.append(f"{self.scenario.where}: {words}")
+        if len(self.report.problems) < MOST_PROBLEMS:
+            self.report.problems.append(f"{self.scenario.where}: {words}")
 
     def _scales(self) -> tuple[list[float], int | None]:
-        """Root mean square of each tensor's gradient, apart by up to 1e5 and one near AdamW's eps once clipped; and which one
-        is all zeros."""
+        """Root mean square of each tensor's gradient, apart by up to 1e5 and one near AdamW's eps once clipped; and which
+        one is all zeros."""
         limit = self.config.clip_norm or 1.0
         factors = [10.0 ** (index % 6 - 4) for index in range(len(self.names))]
         sizes = [parameter.numel() for parameter in self.optimizer.parameters.values()]
@@ -195,9 +196,10 @@ class _Update:
         has_moments = any(name.startswith("exp_avg.") for name in state)
         for index, name in enumerate(self.names):
             own = state[f"master.{name}"]
-            own.mul_(SIZE / own.square().mean().sqrt().clamp_min(SIZE)).add_(NOISE * self._normal(index, 4))
+            clipped = self.scales[index] / max(1.0, self.scenario.excess)  # so that gradient and moment both matter
+            damped = clipped / (clipped + self.config.eps)  # by eps, the update; the weights likewise, or it would drown
+            own.mul_(SIZE / own.square().mean().sqrt().clamp_min(SIZE)).add_(NOISE * self._normal(index, 4)).mul_(damped)
             if self.scenario.start == "warm":
-                clipped = self.scales[index] / max(1.0, self.scenario.excess)  # so that gradient and moment both matter
                 state[f"exp_avg.{name}"] = clipped * self._normal(index, 5)
                 state[f"exp_avg_sq.{name}"] = clipped**2 * (0.5 + self._normal(index, 6).abs())
                 state[f"step.{name}"] = torch.tensor(float(self.scenario.step))

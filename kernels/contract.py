@@ -43,12 +43,18 @@ class Needs:
 
 @dataclass(frozen=True)
 class Workload:
-    """One microbenchmark case. `shape` maps dimension names to sizes, e.g. {"T": 5376, "I": 6144}."""
+    """One microbenchmark case. `shape` maps dimension names to sizes, e.g. {"T": 5376, "I": 6144}.
+
+    beyond_int32: tensors of more than 2^31 elements, which 32-bit offsets can't reach. Only for an op that computes each row
+    from the same row of its inputs: its result on the whole must have the bits of its result on parts. Such a case is not
+    timed, nor compared with fp64; it runs on a GPU with enough memory (`abtest.huge`).
+    """
 
     name: str
     shape: Mapping[str, int]
     dtype: str = "bfloat16"
     small: bool = False  # small enough for a CPU box and for Triton's interpreter
+    beyond_int32: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ WORKLOADS = (
     Workload("2B MLP, pack 1024", {"T": 1024, "I": 6144}),
     Workload("small", {"T": 48, "I": 512}, dtype="float32", small=True),
     Workload("small, ragged", {"T": 37, "I": 123}, dtype="float32", small=True),
+    Workload("beyond 2^31 elements", {"T": 350_003, "I": 6144}, beyond_int32=True),
 )
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch

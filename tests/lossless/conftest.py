@@ -40,8 +40,8 @@ class Tally:
 
     def too_large(self) -> int:
         """Gates of workloads that only a GPU is given."""
-        ops = [optimization.op for optimization in self.ops.values()]
-        return sum(len(SEEDS) * (len(op.workloads) - len(workloads_for(op, DEVICE))) for op in ops)
+        ops, gpu = [optimization.op for optimization in self.ops.values()], torch.device("cuda")
+        return sum(len(SEEDS) * (len(workloads_for(op, gpu)) - len(workloads_for(op, DEVICE))) for op in ops)
 
     def lacking(self) -> int:
         """Gates that were not executed for want of a GPU."""

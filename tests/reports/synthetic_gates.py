@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import synthetic_records as synthetic
+from markdown_it import MarkdownIt
 
-from abtest.report import GateRecord
+from abtest.report import GateRecord, append_gate, render, write_sensitivity
 from abtest.verdict import Check, Level, Verdict
 
 SLUG = "example-gpu-x1"
@@ -105,7 +107,7 @@ def outcome() -> list[dict[str, Any]]:
     return held + first + honest
 
 
-def sweep() -> list[dict[str, Any]]:
+def sweep_of_places() -> list[dict[str, Any]]:
     return [
         {"where": where, "method": "lora", "scale": scale, "caught": scale >= edge, "caught_by": [RHO] * (scale >= edge),
          "seed": seed}
@@ -123,3 +125,39 @@ def facts(**changes: Any) -> dict[str, Any]:
         "started": "2026-01-03T00:00:00Z", "finished": "2026-01-03T00:30:00Z", "seconds": 1800.0,
     }  # fmt: skip
     return values | changes
+
+
+def measured(reports: Path, lines=None, sweep=None, **changes) -> Path:
+    write_sensitivity(
+        reports / "data", SLUG, outcome() if lines is None else lines, facts(**changes),
+        sweep_of_places() if sweep is None else sweep,
+    )  # fmt: skip
+    return reports / "data"
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    """Every table as rows of plain cell texts, as a GitHub-like renderer sees it."""
+    found: list[list[list[str]]] = []
+    for token in MarkdownIt("commonmark").enable("table").parse(markdown):
+        if token.type == "table_open":
+            found.append([])
+        elif token.type == "tr_open":
+            found[-1].append([])
+        elif token.type == "inline" and found and token.level >= 4:
+            found[-1][-1].append("".join(child.content for child in token.children or ()))
+    return found
+
+
+def table(markdown: str, first: str) -> list[list[str]]:
+    """The rows of the first table that has this cell in its header."""
+    return next(rows for rows in tables(markdown) if first in rows[0])
+
+
+def rendered(reports: Path) -> Path:
+    """A report with both kinds of data, and an arm that failed."""
+    measured(reports)
+    append_gate(reports / "data", SLUG, gate_record())
+    failed = Verdict(Level.FAILED, "31.7 sigma", (*CHECKS[:6], Check(LOSS, 31.7, 6.0, False, "step 3", 4)))
+    append_gate(reports / "data", SLUG, gate_record("broken", Level.FAILED, verdict=failed, trace=(), op=()))
+    render(reports / "data", reports)
+    return reports

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from abtest.report import records, sensitivity_records
 from bench.records import read
 from bench.report import differences
 
@@ -31,7 +32,7 @@ def test_rendering_the_committed_records_changes_nothing(reports):
 
 
 def test_committed_records_say_where_they_come_from(reports):
-    paths = sorted((reports / "data").glob("*/*.jsonl"))
+    paths = sorted(path for path in (reports / "data").glob("*/*.jsonl") if path.parent.name != "gate")
     assert paths
     for path in paths:
         for record in read(path):
@@ -40,3 +41,16 @@ def test_committed_records_say_where_they_come_from(reports):
             assert len(environment["git_sha"]) == 40 and environment["git_dirty"] is False
             assert record.command.startswith("python -m bench.run")
             assert record.recipe["data"].get("path") is None, "a path of somebody's machine"
+
+
+def test_committed_gates_say_where_they_come_from(reports):
+    data = reports / "data"
+    gated = [one.record for one in records.load(data)]
+    runs = [(record.environment, record.command, record.recipe) for record in gated]
+    runs += [(one.facts["environment"], one.facts["command"], one.facts["recipe"]) for one in sensitivity_records.load(data)]
+    if not runs:
+        pytest.skip("no gate was committed")
+    for environment, command, recipe in runs:
+        assert len(environment["git_sha"]) == 40 and environment["git_dirty"] is False
+        assert command.startswith("python -m abtest.")
+        assert recipe["data"].get("path") is None, "a path of somebody's machine"

@@ -1,0 +1,185 @@
+"""Each configuration of an autotuned kernel is run on its own, so the wrong one is found although it isn't the fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from abtest.autotune import check_every_configuration, chosen, tuners
+from abtest.verdict import Level
+from kernels import registry
+from kernels.contract import Exactness, Needs, Op, Optimization, Workload
+from kernels.registry import interpreting
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = (Workload("small", {"T": 100}, "float32", small=True), Workload("tiny", {"T": 7}, "float32", small=True))
+LARGE = Workload("large", {"T": 1 << 20}, "float32")
+
+
+def configurations(*wrong: bool) -> list[triton.Config]:
+    return [triton.Config({"BLOCK": 32 << index, "WRONG": bad}, num_warps=1) for index, bad in enumerate(wrong)]
+
+
+def drop_wide(configs: list[triton.Config], arguments: dict, **keywords) -> list[triton.Config]:
+    return [config for config in configs if config.kwargs["BLOCK"] <= 32 or arguments["size"] > 50]
+
+
+@triton.autotune(configurations(False, True), key=["size"])
+@triton.heuristics({"EVEN": lambda arguments: arguments["size"] % arguments["BLOCK"] == 0})
+@triton.jit
+def double_kernel(p_x, p_y, size, BLOCK: tl.constexpr, WRONG: tl.constexpr, EVEN: tl.constexpr):
+    o_block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_block = o_block < size
+    b_x = tl.load(p_x + o_block, mask=m_block)
+    b_y = 2.0 * b_x
+    if WRONG:
+        b_y = b_y * 1.01
+    tl.store(p_y + o_block, b_y, mask=m_block)
+
+
+@triton.heuristics({"ONE": lambda arguments: 1})
+@triton.autotune(configurations(False, False), key=["size"], prune_configs_by={"early_config_prune": drop_wide})
+@triton.jit
+def backward_kernel(p_x, p_y, size, BLOCK: tl.constexpr, WRONG: tl.constexpr, ONE: tl.constexpr):
+    o_block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_y + o_block, 2.0 * tl.load(p_x + o_block, mask=o_block < size), mask=o_block < size)
+
+
+@triton.autotune(configurations(False), key=["size"])
+@triton.jit
+def unused_kernel(p_x, size, BLOCK: tl.constexpr, WRONG: tl.constexpr):
+    tl.store(p_x, size)
+
+
+def launch(kernel, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    kernel[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x.contiguous(), y, x.numel())
+    return y
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return launch(double_kernel, x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return launch(backward_kernel, dy)
+
+
+def inputs(workload: Workload, device: torch.device, seed: int) -> tuple[Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(workload.shape["T"], generator=generator, device=device).requires_grad_(),)
+
+
+@pytest.fixture
+def optimization(monkeypatch) -> Optimization:
+    """One whose folder holds the kernels above, two of them under a second name as well."""
+    package, kernel = ModuleType("kernels.two_configurations"), ModuleType("kernels.two_configurations.kernel")
+    kernel.double_kernel, kernel.backward_kernel, kernel.unused = double_kernel, backward_kernel, unused_kernel
+    package.again = double_kernel
+    for module in (package, kernel):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    op = Op(lambda x: 2 * x, Double.apply, inputs, (*SMALL, LARGE), lambda w: 1, lambda w: 1)
+    return Optimization(
+        "two_configurations", "", Exactness.ROUNDING, "", lambda run: None, lambda run: None, op, Needs(triton=True)
+    )
+
+
+def test_tuners_are_found_below_heuristics_and_once(optimization):
+    found = tuners(optimization)
+    assert [name.rpartition(".")[2] for name in found] == ["again", "backward_kernel", "unused"]
+    assert all(type(tuner) is triton.runtime.Autotuner for tuner in found.values())
+
+
+@pytest.mark.parametrize("name", sorted(registry.discover()))
+def test_an_optimization_without_a_tuner_has_nothing_to_check(name):
+    optimization = registry.discover()[name]
+    if not tuners(optimization):
+        assert check_every_configuration(optimization, DEVICE, 0) == []
+    assert isinstance(chosen(optimization), dict)
+
+
+def test_the_wrong_configuration_is_found_and_the_others_pass(optimization):
+    reports = check_every_configuration(optimization, DEVICE, 0)
+    levels = {(kernel.rpartition(".")[2], config.partition(", WRONG")[0], report.workload.name): report.verdict.level
+              for kernel, config, report in reports}  # fmt: skip
+    green = (Level.BITWISE, Level.ROUNDING)
+    assert len(reports) == len(levels) == 10
+    for workload in ("small", "tiny"):
+        assert levels["again", "BLOCK: 32", workload] in green
+        assert levels["again", "BLOCK: 64", workload] is Level.FAILED
+        assert levels["backward_kernel", "BLOCK: 32", workload] in green
+        assert levels["unused", "BLOCK: 32", workload] is Level.NOT_RUN
+    assert levels["backward_kernel", "BLOCK: 64", "small"] in green
+    assert levels["backward_kernel", "BLOCK: 64", "tiny"] is Level.NOT_RUN  # pruned by its author
+    wrong = next(report for _, _, report in reports if report.verdict.level is Level.FAILED)
+    assert "output 0" in wrong.verdict.reason and "mean ratio" in wrong.verdict.reason
+    reasons = {report.verdict.reason for _, _, report in reports if report.verdict.level is Level.NOT_RUN}
+    assert reasons == {"pruned for this workload", "the kernel isn't launched on this workload"}
+
+
+def test_tuners_are_left_as_they_were(optimization):
+    found = tuners(optimization)
+    before = {name: dict(vars(tuner)) for name, tuner in found.items()}
+    check_every_configuration(optimization, DEVICE, 0)
+    assert {name: vars(tuner) for name, tuner in found.items()} == before
+    assert all(len(tuner.configs) == 2 for name, tuner in found.items() if "unused" not in name)
+
+
+def test_they_are_restored_when_a_check_stops(optimization):
+    def interrupted(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    broken = dataclasses.replace(optimization, op=dataclasses.replace(optimization.op, candidate=interrupted))
+    before = dict(vars(tuners(optimization)["kernels.two_configurations.again"]))
+    with pytest.raises(KeyboardInterrupt):
+        check_every_configuration(broken, DEVICE, 0)
+    assert vars(tuners(optimization)["kernels.two_configurations.again"]) == before
+
+
+def test_a_configuration_beyond_the_device_is_not_a_failure(optimization):
+    def too_much(x: Tensor) -> Tensor:
+        raise triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory")
+
+    broken = dataclasses.replace(optimization, op=dataclasses.replace(optimization.op, candidate=too_much))
+    reports = check_every_configuration(broken, DEVICE, 0)
+    assert {report.verdict.level for _, _, report in reports} == {Level.NOT_RUN}
+    assert "OutOfResources" in reports[0][2].verdict.reason
+
+
+def test_what_was_chosen_is_told_for_each_tuner_that_ran(optimization, monkeypatch):
+    first, second = double_kernel.configs
+    monkeypatch.setattr(double_kernel, "cache", {(100, "float32"): first, (7, "float32"): second, (9, "float32"): first})
+    monkeypatch.setattr(unused_kernel, "best_config", unused_kernel.configs[0], raising=False)
+    assert chosen(optimization) == {
+        "kernels.two_configurations.again": f"{first}; {second}",
+        "kernels.two_configurations.kernel.unused": str(unused_kernel.configs[0]),
+    }
+
+
+def test_third_party_tuners_are_told_once_they_ran(optimization, monkeypatch):
+    module = ModuleType("fake_fla.ops.gate")
+    module.kernel, module.idle = backward_kernel, unused_kernel
+    for name in ("fake_fla", "fake_fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules[name].__spec__ = object()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    user = dataclasses.replace(optimization, name="no_kernels_of_its_own", needs=Needs(packages=("fake_fla",)))
+    assert chosen(user) == {}
+    tuner = backward_kernel.fn
+    monkeypatch.setattr(tuner, "cache", {("key",): tuner.configs[1]})
+    assert chosen(user) == {"fake_fla.ops.gate.kernel": str(tuner.configs[1])}
+
+
+@pytest.mark.skipif(interpreting(), reason="Triton's interpreter can't time, so its autotuners never choose")
+def test_a_choice_on_a_gpu_is_told(optimization):
+    Double.apply(*inputs(SMALL[0], DEVICE, 0))
+    assert set(chosen(optimization)) == {"kernels.two_configurations.again"}
