@@ -19,9 +19,9 @@ _MIX = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))  # Spli
 def fingerprint(tensors: Mapping[str, torch.Tensor | None]) -> str:
     """A hex digest of names, dtypes, shapes and bits; None counts as a value of its own.
 
-    Tensors of one device and element size are hashed one behind the other, in a few large pieces: two sums modulo 2**64 over
-    all of them, of bits as integers and of a hash of bits and position. Weights instead of a hash would not do: (a, -b, -c, d)
-    and its negation have the same weighted sums. One device synchronisation for each such group.
+    Tensors of one device and element size are hashed one behind the other, in a few large pieces: two sums modulo 2**64
+    over all of them, of bits as integers and of a hash of bits and position. Weights instead of a hash would not do:
+    (a, -b, -c, d) and its negation have the same weighted sums. One device synchronisation for each such group.
     """
     groups: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
     digest = hashlib.blake2b(digest_size=16)

@@ -1,9 +1,9 @@
 """The truth that gradients are compared with: higher precision, and every document on its own.
 
-The oracle of an fp32 run, and of any small model, computes in fp64; that of a large bf16 model in fp32 (TF32 off, attention
-as plain mathematics), on the same weights as the arm's compute dtype holds. Documents are never packed, so an arm that lets one document see another differs
-from it. The delta rule runs in transformers' chunks, since token by token takes hours at a real size; that the two are the
-same is checked on short documents (`recurrence_error`).
+The oracle of an fp32 run, and of any small model, computes in fp64; that of a large bf16 model in fp32 (TF32 off,
+attention as plain mathematics), on the same weights as the arm's compute dtype holds. Documents are never packed, so an
+arm that lets one document see another differs from it. The delta rule runs in transformers' chunks, since token by token
+takes hours at a real size; that the two are the same is checked on short documents (`recurrence_error`).
 """
 
 from __future__ import annotations
@@ -56,12 +56,16 @@ def exact_arithmetic(dtype: torch.dtype) -> Iterator[None]:
 
 
 def make_exact(run: Run) -> torch.dtype:
-    """Raises the run's model to the oracle's dtype, values unchanged, and collects its gradients there. Returns that dtype."""
+    """Raises the run's model to the oracle's dtype, values unchanged, and collects its gradients there.
+
+    Returns that dtype.
+    """
     size = sum(parameter.numel() for parameter in run.model.parameters())
     dtype = torch.float64 if run.dtype == torch.float32 or size <= FP64_PARAMETERS else torch.float32
     if dtype == torch.float64:
         run.model.gradient_checkpointing_disable()  # a recomputed forward would not see `_Promote`
     run.model.to(dtype)
+    run.optimizer.release()
     run.optimizer = ExactGradients(run.optimizer.parameters)
     return dtype
 
@@ -71,8 +75,6 @@ class ExactGradients:
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         self.parameters = self.masters = parameters
-        for parameter in parameters.values():
-            parameter._post_accumulate_grad_hooks = None
 
     def gradients(self) -> dict[str, torch.Tensor | None]:
         return {name: parameter.grad for name, parameter in self.parameters.items()}

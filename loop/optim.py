@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from loop.config import OptimConfig
 
@@ -29,6 +30,7 @@ class MasterAdamW:
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig, steps: int) -> None:
         self.config, self.steps = config, steps
+        self.hooks: list[RemovableHandle] = []
         self.parameters = parameters
         self.masters = {name: self._master(parameter) for name, parameter in parameters.items()}
         groups = [
@@ -49,8 +51,14 @@ class MasterAdamW:
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             p.grad = None
 
-        parameter.register_post_accumulate_grad_hook(accumulate)
+        self.hooks.append(parameter.register_post_accumulate_grad_hook(accumulate))
         return master
+
+    def release(self) -> None:
+        """Lets go of the parameters: their gradients stay with them from here on, for another optimizer to take."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
 
     def gradients(self) -> dict[str, torch.Tensor | None]:
         """fp32 gradients accumulated so far, by canonical name; None for a tensor that got none."""

@@ -60,8 +60,7 @@ def wrap_micro_step(run: Run, make: Callable[[Callable[..., Tensor]], Callable[.
 def swap_optimizer(run: Run, change: Callable[[type], type]) -> None:
     """A new optimizer of the class `change(old class)` over the same parameters and settings."""
     old = run.optimizer
-    for parameter in old.parameters.values():  # the old one's hooks would take the gradients away
-        parameter._post_accumulate_grad_hooks = None
+    old.release()
     run.optimizer = change(type(old))(old.parameters, old.config, old.steps)
 
 
