@@ -20,6 +20,8 @@ from loop.training import accumulate
 
 RATE = 0.25
 STEP, TOLERANCE = 2**-10, 0.01  # of the finite difference; honest runs are off by 0.0005 at most
+ADJOINT = 1e-4  # of |v| |J u|; rounding alone gives 1e-7
+LINEAR = 1e-2  # f(x + u) + f(x - u) - 2 f(x), of f(x + u) - f(x), for what counts as linear
 FILL = 0.1  # standard deviation of B, which starts at zero and would hide all that A does; at 0.2 the loss curves too much
 
 
@@ -41,7 +43,7 @@ def examine(run: Run, batch: PackedBatch, on_step: Callable[[int, int], None]) -
     ]
     on_step(1, 2)
     if run.dtype == torch.float32:
-        found.append(_derivative(run, batch))
+        found += [_derivative(run, batch), adapters_adjoint(run, batch)]
     on_step(2, 2)
     return found
 
@@ -86,6 +88,76 @@ def _derivative(run: Run, batch: PackedBatch) -> Finding:
     slope = (sides[0] - sides[1]) / (2 * STEP)
     error = abs(slope / float(norm) - 1)
     return Finding("dropout: backward uses forward's mask", error <= TOLERANCE, f"slope is off by {error:.2g}")
+
+
+def adapters_adjoint(run: Run, batch: PackedBatch) -> Finding:
+    """Each adapter that the model calls, by itself: <v, J u> = <J^T v, u> for its input, A and B, masks held by the seed.
+
+    The slope of the whole loss hardly sees one adapter of many; this sees nothing else.
+    """
+    worst, where = 0.0, ""
+    for name, shape in _called_adapters(run, batch).items():
+        error, side = _adjoint_error(run.model.get_submodule(name), shape, run.device)
+        if not error <= worst:
+            worst, where = error, f"{name}, {side}"
+    run.optimizer.zero_grad()
+    detail = f"{where} is off by {worst:.2g}" if where else ""
+    return Finding("dropout: each adapter's backward is the adjoint of its forward", worst <= ADJOINT, detail)
+
+
+def _called_adapters(run: Run, batch: PackedBatch) -> dict[str, torch.Size]:
+    """Modules with a LoRA pair of their own that a micro-step calls with one tensor, and that tensor's shape."""
+    names = {name.partition(".lora_A.")[0] for name, _ in run.model.named_parameters() if ".lora_A." in name}
+    shapes: dict[str, torch.Size] = {}
+    handles = []
+    for name in names:
+
+        def seen(module, inputs, options, name=name):
+            if len(inputs) == 1 and isinstance(inputs[0], torch.Tensor):
+                shapes[name] = inputs[0].shape
+
+        handles.append(run.model.get_submodule(name).register_forward_pre_hook(seen, with_kwargs=True))
+    try:
+        _loss(run, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _adjoint_error(module: torch.nn.Module, shape: torch.Size, device: torch.device) -> tuple[float, str]:
+    """The larger the more the module's backward differs from its forward's transpose; and for which of its arguments."""
+    generator = torch.Generator(device).manual_seed(7)
+
+    def drawn(like: torch.Size) -> torch.Tensor:
+        return torch.randn(like, generator=generator, device=device)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return module(x)
+
+    x = drawn(shape).requires_grad_()
+    pairs = {name: p for name, p in module.named_parameters() if ".lora_" in f".{name}"}
+    y = forward(x)
+    v = drawn(y.shape)
+    gradients = torch.autograd.grad(y, [x, *pairs.values()], v)
+    worst, where = 0.0, ""
+    with torch.no_grad():
+        for name, argument, gradient in zip(("input", *pairs), (x, *pairs.values()), gradients, strict=True):
+            u, before = drawn(argument.shape), argument.clone()
+            changes = []
+            for sign in (1, -1):
+                argument.add_(u, alpha=sign)  # linear in each argument by itself, so the difference is the derivative
+                changes.append(forward(x) - y)
+                argument.copy_(before)
+            change = changes[0]
+            if float((change + changes[1]).norm()) > LINEAR * float(change.norm()):
+                continue  # a module that does more than project has no adjoint to compare
+            forwards, backwards = (v * change).double().sum(), (gradient * u).double().sum()
+            error = abs(float(forwards - backwards)) / float(v.double().norm() * change.double().norm())
+            if not error <= worst:
+                worst, where = error, name
+    return worst, where
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from loop.config import Config
 
 RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm
 TRIPWIRE_PROBES = 3
-STRUCTURE_PROBES = (0, 1)  # a real pack and a tricky one
+STRUCTURE_PROBES = (0, 1, 2)  # a real pack, a tricky one, two rows
 
 
 @dataclass

@@ -10,14 +10,32 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from loop.files import write_safetensors
 
-VERSION = 1  # of what the oracle computes; raise it when that changes
+ROOT = Path(__file__).resolve().parent.parent
+# What the oracle computes with: when one of these changes, so may its answers.
+SOURCES = (
+    "abtest/oracle.py", "abtest/probes.py",
+    "loop/attention.py", "loop/batch.py", "loop/delta_net.py", "loop/lora.py", "loop/model.py",
+)  # fmt: skip
+
+
+@cache
+def version() -> str:
+    """A digest of the sources that the oracle's answers depend on, and of the libraries that it runs on."""
+    digest = hashlib.blake2b(digest_size=20)
+    for name in SOURCES:
+        digest.update((ROOT / name).read_bytes())
+    for package in ("torch", "transformers", "peft"):
+        digest.update(f"{package} {metadata.version(package)}".encode())
+    return digest.hexdigest()
 
 
 class OracleCache:
@@ -29,21 +47,24 @@ class OracleCache:
         self.budget = min(budget, self.held() + shutil.disk_usage(folder).free // 2)
 
     def path(self, *facts: object) -> Path:
-        """The file of what `facts` determine: fingerprints of model, weights and probe, dtypes, torch's version."""
-        text = "\n".join(map(str, (VERSION, torch.__version__, *facts)))
+        """The file of what `facts` determine: fingerprints of model, weights and probe, dtypes; and of `version`."""
+        text = "\n".join(map(str, (version(), *facts)))
         return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=20).hexdigest()}.safetensors"
 
     def get(self, path: Path, make: Callable[[], tuple[Mapping[str, torch.Tensor], dict[str, str]]]) -> dict[str, str]:
-        """Makes sure that `path` is there. `make` gives the gradients and notes about them; answers with the notes."""
-        if not path.exists():
-            gradients, notes = make()
-            gradients = {name: value.cpu().contiguous() for name, value in gradients.items()}
-            self._make_room(sum(value.nbytes for value in gradients.values()))
-            write_safetensors(path, gradients, metadata=notes)
+        """Makes sure that `path` is there and can be read. `make` gives the gradients and notes about them; answers with the
+        notes."""
+        try:
+            with safe_open(path, "pt") as file:
+                notes = dict(file.metadata() or {})
+            os.utime(path)  # used last
             return notes
-        os.utime(path)  # used last
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
+        except (FileNotFoundError, SafetensorError):  # not there, or cut short by a full disk
+            gradients, notes = make()
+        gradients = {name: value.cpu().contiguous() for name, value in gradients.items()}
+        self._make_room(sum(value.nbytes for value in gradients.values()))
+        write_safetensors(path, gradients, metadata=notes)
+        return notes
 
     def held(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))

@@ -33,15 +33,17 @@ class Finding:
 
 
 def examine(run: Run, own: Sequence[Probe], repeats: int, on_step: Callable[[int, int], None]) -> list[Finding]:
-    """Every structural check. own: at least two probes of different content, the first with several documents."""
+    """Every structural check. own: at least two probes of different content, the first with several documents, the last
+    with several rows."""
     packed = next((batch for probe in own for batch in probe if len(batch.lengths) > 2), own[0][0])
     parts = (
         lambda: inputs_unmodified(run, own[0]),
         lambda: follows_inputs(run, own[0], own[1]),
         lambda: repeated(run, own[1], repeats),
-        lambda: from_poisoned_memory(run, own[1]),
+        lambda: from_poisoned_memory(run, own[1:]),
         lambda: second_backward(run, packed),
         lambda: documents_apart(run, packed),
+        lambda: apart_in_a_step(run, own[-1][0]),
     )
     found = []
     for index, part in enumerate(parts):
@@ -131,12 +133,12 @@ def repeated(run: Run, probe: Probe, repeats: int) -> list[Finding]:
     return [Finding(f"{repeats} repeats have the same bits", different == 0, f"{different} differ" if different else "")]
 
 
-def from_poisoned_memory(run: Run, probe: Probe) -> list[Finding]:
+def from_poisoned_memory(run: Run, own: Sequence[Probe]) -> list[Finding]:
     """Nothing is read before it is written: whatever `torch.empty` hands out, the results are the same."""
-    plain, wrong = gradients(run, probe), []
+    plain, wrong = [gradients(run, probe) for probe in own], []
     for value in POISONS:
         with poisoned(value):
-            if gradients(run, probe) != plain:
+            if [gradients(run, probe) for probe in own] != plain:
                 wrong.append(f"{value:g}")
     return [
         Finding(
@@ -186,6 +188,26 @@ def documents_apart(run: Run, batch: PackedBatch) -> list[Finding]:
         Finding("editing a document leaves the loss of the others unchanged", not losses, losses[0] if losses else ""),
         Finding("editing a document leaves the input gradient of the others unchanged", not places, first),
     ]
+
+
+def apart_in_a_step(run: Run, batch: PackedBatch) -> list[Finding]:
+    """The same of the arm's own micro-step, whose parts cannot be called one by one when it is a graph: editing documents
+    that are not supervised leaves loss and gradients of the step unchanged, bit for bit. Every second one, then the rest."""
+    spans = list(pairwise([0, *torch.tensor(batch.lengths).cumsum(0).tolist()]))
+    different = []
+    for first, own in enumerate((spans[1::2], spans[::2])):
+        labels = batch.labels.clone()
+        for start, end in own:
+            labels.view(-1)[start:end] = IGNORE
+        quiet = edited = replace(batch, labels=labels, supervised_tokens=int((labels != IGNORE).sum()))
+        for start, end in own:
+            edited = _edit(edited, start, end)
+        if quiet.supervised_tokens and own and gradients(run, (quiet,)) != gradients(run, (edited,)):
+            different.append("odd" if first == 0 else "even")
+    if len(spans) < 2:
+        return []
+    detail = f"documents of {' and '.join(different)} number were edited" if different else ""
+    return [Finding("editing documents outside the loss leaves the micro-step unchanged", not different, detail)]
 
 
 def _holder(spans: Sequence[tuple[int, int]], position: int) -> str:

@@ -72,11 +72,37 @@ def test_whatever_determines_the_gradients_names_the_file(tmp_path: Path, monkey
     for index in range(len(facts)):
         paths.add(cache.path(*facts[:index], "another", *facts[index + 1 :]))
     paths.add(cache.path("model", "weightsprobe", "", torch.float64, torch.float32))
-    monkeypatch.setattr(oracle_cache, "VERSION", oracle_cache.VERSION + 1)
+    monkeypatch.setattr(oracle_cache, "version", lambda: "another")
     paths.add(cache.path(*facts))
-    monkeypatch.setattr(torch, "__version__", "0.0")
-    paths.add(cache.path(*facts))
-    assert len(paths) == len(facts) + 4 and all(path.parent == tmp_path for path in paths)
+    assert len(paths) == len(facts) + 3 and all(path.parent == tmp_path for path in paths)
+
+
+def test_the_version_follows_sources_and_libraries(tmp_path: Path, monkeypatch) -> None:
+    versions = {oracle_cache.version()}
+    for name in oracle_cache.SOURCES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((oracle_cache.ROOT / name).read_bytes())
+    monkeypatch.setattr(oracle_cache, "ROOT", tmp_path)
+    versions.add(oracle_cache.version.__wrapped__())
+    assert len(versions) == 1  # a copy is the same
+    for name in oracle_cache.SOURCES:
+        with (tmp_path / name).open("a") as file:
+            file.write("# changed\n")
+        versions.add(oracle_cache.version.__wrapped__())
+    monkeypatch.setattr(oracle_cache.metadata, "version", lambda package: "0.0")
+    versions.add(oracle_cache.version.__wrapped__())
+    assert len(versions) == len(oracle_cache.SOURCES) + 2
+
+
+def test_a_file_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    cache = OracleCache(tmp_path, 10 * SIZE)
+    path = cache.path("cut")
+    cache.get(path, made(1.0)[0])
+    for content in (path.read_bytes()[:-10], b"", b"no tensors at all"):
+        path.write_bytes(content)
+        make, calls = made(2.0)
+        cache.get(path, make)
+        assert calls == [2.0] and float(load_file(path)["weight"][0]) == 2.0
 
 
 def test_the_oldest_go_first_and_the_new_one_stays(tmp_path: Path) -> None:
