@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from leak_defects import gradient_across, label_across, one_boundary, step_leaks
 from tiny import tricky
 from torch import Tensor, nn
 
@@ -17,14 +18,12 @@ from abtest.catalogue.patching import (
     bend_gradient,
     bend_output,
     named,
-    override,
     pick,
     swap_optimizer,
     with_fields,
     wrap_head,
 )
 from loop.batch import PackedBatch
-from loop.model import cross_entropy_head
 from loop.run import Run
 
 PLAIN = torch.empty
@@ -41,6 +40,7 @@ BACKWARD = "a second backward gives the same gradients"
 LOSS_APART = "editing a document leaves the loss of the others unchanged"
 GRADIENT_APART = "editing a document leaves the input gradient of the others unchanged"
 STEP_APART = "editing documents outside the loss leaves the micro-step unchanged"
+APART, BACKWARD_APART = (STEP_APART, LOSS_APART, GRADIENT_APART), (STEP_APART, GRADIENT_APART)
 ALL = (
     INPUTS, STRAY, RANDOM, AGAIN, TOKENS, LABELS, BOUNDARIES, REPEATS, MEMORY, BACKWARD, LOSS_APART, GRADIENT_APART,
     STEP_APART,
@@ -220,57 +220,6 @@ def clobbers_saved(run: Run) -> None:
     bend_output(run.model, pick(named(run.model, ".mlp"), "first"), lambda out, *inputs: _Clobbered.apply(out))
 
 
-def label_across(run: Run) -> None:
-    """The last token of a document is taught the first token of the next."""
-
-    def head(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        labels, ids = batch.labels.flatten().clone(), batch.input_ids.flatten()
-        ends = batch.cu_seqlens[1:-1].long() - 1
-        labels[ends] = ids[ends + 1]
-        return cross_entropy_head(model, hidden, with_fields(batch, labels=labels.view_as(batch.labels)))
-
-    run.loss_head = head
-
-
-def gradient_across(run: Run) -> None:
-    """Forward is right; a little of what flows back moves one position to the left, over boundaries too."""
-
-    def change(gradient: Tensor) -> Tensor:
-        return gradient + 1e-6 * gradient.roll(-1, -2)
-
-    bend_output(run.model, pick(named(run.model, ".mlp"), "first"), lambda out, *inputs: bend_gradient(out, change))
-
-
-def step_leaks(run: Run) -> None:
-    """What a captured graph might do: model and head, called by themselves, are right."""
-
-    def change(original, run: Run, batch: PackedBatch, tokens: int) -> Tensor:
-        loss = original(run, batch, tokens)
-        master = next(iter(run.optimizer.masters.values()))
-        master.grad += 1e-9 * batch.input_ids.float().mean()
-        return loss
-
-    around_micro_step(run, change)
-
-
-def one_boundary(number: int) -> Callable[[Run], None]:
-    """The convolution of the first delta layer reads over one boundary alone."""
-
-    def plant(run: Run) -> None:
-        name = pick([name for name, module in run.model.named_modules() if name.endswith("linear_attn")], "first")
-
-        def make(original):
-            def convolve(x: Tensor, pack):
-                out, at = original(x, pack), pack.cu_seqlens_cpu.tolist()[:-1][number % len(pack.lengths)]
-                return out + 1e-3 * nn.functional.one_hot(torch.tensor(at), x.shape[1])[:, None] * x.roll(1, 1)
-
-            return convolve
-
-        override(run.model, name, "convolve", make)
-
-    return plant
-
-
 @dataclass(frozen=True)
 class Defect:
     """`fails`: what it must fail, and nothing else where `alone`."""
@@ -299,20 +248,14 @@ DEFECTS = {
     "row unwritten": Defect(unwritten_row, (MEMORY,), detail="nan, 10000"),
     "scaled in place": Defect(scales_in_place, (BACKWARD,), alone=False),
     "saved tensor clobbered": Defect(clobbers_saved, (BACKWARD,)),
-    "delta-rule state leaks": Defect(find("state_leak:first:1").apply, (STEP_APART, LOSS_APART, GRADIENT_APART)),
-    "convolution leaks": Defect(find("conv_leak:last:1").apply, (STEP_APART, LOSS_APART, GRADIENT_APART)),
-    "convolution leaks at boundary 2": Defect(one_boundary(2), (STEP_APART, LOSS_APART, GRADIENT_APART)),
-    "convolution leaks at boundary 3": Defect(one_boundary(3), (STEP_APART, LOSS_APART, GRADIENT_APART)),
-    "attention leaks": Defect(
-        find("attention_leak:last:1").apply, (STEP_APART, LOSS_APART, GRADIENT_APART), model="qwen3-tiny"
-    ),
-    "attention leaks in a window": Defect(
-        find("attention_leak:first:1").apply, (STEP_APART, LOSS_APART, GRADIENT_APART), model="mistral-tiny"
-    ),
-    "state leaks backward alone": Defect(
-        find("backward_state_leak:first:1").apply, (STEP_APART, GRADIENT_APART), detail="position "
-    ),
-    "gradient leaks": Defect(gradient_across, (STEP_APART, GRADIENT_APART), detail="position "),
+    "delta-rule state leaks": Defect(find("state_leak:first:1").apply, APART),
+    "convolution leaks": Defect(find("conv_leak:last:1").apply, APART),
+    "convolution leaks at boundary 2": Defect(one_boundary(2), APART),
+    "convolution leaks at boundary 3": Defect(one_boundary(3), APART),
+    "attention leaks": Defect(find("attention_leak:last:1").apply, APART, model="qwen3-tiny"),
+    "attention leaks in a window": Defect(find("attention_leak:first:1").apply, APART, model="mistral-tiny"),
+    "state leaks backward alone": Defect(find("backward_state_leak:first:1").apply, BACKWARD_APART, detail="position "),
+    "gradient leaks": Defect(gradient_across, BACKWARD_APART, detail="position "),
     "a leak in the micro-step alone": Defect(step_leaks, (STEP_APART,), detail="odd and even"),
-    "label of the next document": Defect(label_across, (STEP_APART, LOSS_APART, GRADIENT_APART)),
+    "label of the next document": Defect(label_across, APART),
 }

@@ -79,7 +79,7 @@ def test_one_adapter_with_its_own_mask_kept_passes() -> None:
 
 def test_a_module_that_is_not_linear_is_left_to_the_slope() -> None:
     run = with_dropout()
-    name = list(adapters(run.model))[0].name
+    name = next(adapters(run.model)).name
     override(run.model, name, "forward", lambda original: lambda x: original(x).tanh())
     assert ADJOINT not in failures(run)
 
