@@ -10,21 +10,26 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from abtest.opcheck import OpReport, check_op, workloads_for
+from abtest.opcheck import OpReport, check_op, small_workloads, workloads_for
 from abtest.verdict import Level, Verdict
-from kernels.contract import Optimization, Workload
+from kernels.contract import Exactness, Optimization, Workload
 from kernels.registry import PACKAGES
 
 if TYPE_CHECKING:
     from triton import Config
     from triton.runtime import Autotuner
+
+
+Reports = list[tuple[str, str, OpReport]]
+
+PRUNED, IDLE = "pruned for this workload", "the kernel isn't launched on this workload"
 
 
 def tuners(optimization: Optimization) -> dict[str, Autotuner]:
@@ -33,39 +38,40 @@ def tuners(optimization: Optimization) -> dict[str, Autotuner]:
     A tuner below triton.heuristics is found, too, in Triton's interpreter as on a GPU. Imports the folder's modules, unless
     a package that they need is missing.
     """
-    needed = ("triton", *optimization.needs.packages)
-    if any(importlib.util.find_spec(package) is None for package in needed):
+    if _lacking(optimization):
         return {}
-    roots = [f"{package}.{optimization.name}" for package in PACKAGES]
-    for root in roots:
+    for root in _folders(optimization):
         _import_below(root)
-    return _tuners_below(roots)
+    return _tuners_below(_folders(optimization))
 
 
 def chosen(optimization: Optimization) -> dict[str, str]:
     """What each autotuner that ran in this process chose, by module and attribute; several choices, one a shape, are joined.
 
-    Those of the optimization's folder, and those of the packages that it needs, such as FLA's.
+    Those of the optimization's folder, and those of the packages that it needs, such as FLA's. Imports nothing.
     """
-    if importlib.util.find_spec("triton") is None:
+    if "triton" not in sys.modules:
         return {}
-    found = tuners(optimization) | _tuners_below(optimization.needs.packages)
+    found = _tuners_below((*_folders(optimization), *optimization.needs.packages))
     choices = {name: _choices(tuner) for name, tuner in found.items()}
     return {name: "; ".join(own) for name, own in sorted(choices.items()) if own}
 
 
-def check_every_configuration(
-    optimization: Optimization, device: torch.device, seed: int
-) -> list[tuple[str, str, OpReport]]:
-    """(kernel, configuration, report) for every configuration of every tuner of the optimization, on each small workload.
+def check_every_configuration(optimization: Optimization, device: torch.device, seed: int) -> Reports:
+    """(kernel, configuration, report) for every configuration of every tuner of the optimization, on each small workload,
+    on CUDA also in bf16; one that no small workload reaches is tried on the others that fit the device, up to the first.
 
-    One configuration is allowed at a time, also in Triton's interpreter, which can't time and so never chooses by itself;
-    other tuners stay with what they chose last, or their first. NOT_RUN where the autotuner could not choose it either: it
-    is pruned, asks for more than the device has, or its kernel isn't launched. Tuners are left as they were.
+    Kernels of the folder, and those of the packages that the op launches. One configuration is allowed at a time, also in
+    Triton's interpreter, which can't time and so never chooses by itself; other tuners stay with what they chose last, or
+    their first. NOT_RUN where the autotuner could not choose it either: it is pruned, asks for more than the device has, or
+    its kernel isn't launched. Tuners are left as they were.
     """
-    reports = []
-    found = tuners(optimization) if optimization.op is not None else {}
-    small = [workload for workload in workloads_for(optimization.op, device) if workload.small] if found else []
+    op = optimization.op
+    if op is None:
+        return []
+    small = small_workloads(op) if device.type == "cuda" else workloads_for(op, device)
+    larger = [workload for workload in workloads_for(op, device) if not workload.small]
+    found, reports = tuners(optimization) | _launched(optimization, small, device, seed), []
     for name, tuner in found.items():
         for config in tuner.configs:
             with ExitStack() as stack:
@@ -73,9 +79,67 @@ def check_every_configuration(
                     if other is not tuner:
                         stack.enter_context(_only(other, getattr(other, "best_config", None) or other.configs[0]))
                 stack.enter_context(_only(tuner, config))
-                for workload in small:
-                    reports.append((name, str(config), _check(optimization, workload, device, seed, tuner, config)))
+                own = [_check(optimization, workload, device, seed, tuner, config) for workload in small]
+                for workload in larger:
+                    if not all(_out_of_reach(report) for report in own):
+                        break
+                    own.append(_check(optimization, workload, device, seed, tuner, config))
+            reports += [(name, str(config), report) for report in own]
     return reports
+
+
+def complaints(reports: Reports, exactness: Exactness, device: torch.device) -> list[str]:
+    """What speaks against shipping these kernels, a sentence each: what a configuration computes is wrong; or, on CUDA and
+    for the optimization's own kernels, no workload of the op reaches it: then nothing is known of what may be chosen.
+    A package prunes as it likes, and its kernels are here only because the op launches them."""
+    accepted = {Level.NOT_RUN, Level.BITWISE, Level.ROUNDING} | ({Level.APPROX} if exactness is Exactness.APPROX else set())
+    reached: dict[str, bool] = {}
+    found = []
+    for kernel, configuration, report in reports:
+        name = f"{kernel} in {configuration}"
+        if kernel.startswith(tuple(f"{package}." for package in PACKAGES)):
+            reached[name] = reached.get(name, False) or not _out_of_reach(report)
+        if report.verdict.level not in accepted:
+            found.append(f"{name} on {report.workload.name}, {report.workload.dtype}: {report.verdict.reason}")
+    if device.type == "cuda":
+        found += [
+            f"{name} is reached by no workload of the op, which needs one" for name, once in reached.items() if not once
+        ]
+    return found
+
+
+def _out_of_reach(report: OpReport) -> bool:
+    return report.verdict.level is Level.NOT_RUN and report.verdict.reason in (PRUNED, IDLE)
+
+
+def _lacking(optimization: Optimization) -> bool:
+    return any(importlib.util.find_spec(package) is None for package in ("triton", *optimization.needs.packages))
+
+
+def _folders(optimization: Optimization) -> list[str]:
+    return [f"{package}.{optimization.name}" for package in PACKAGES]
+
+
+def _launched(
+    optimization: Optimization, workloads: Sequence[Workload], device: torch.device, seed: int
+) -> dict[str, Autotuner]:
+    """Tuners of the packages that the optimization needs, which its op launches on any of the workloads."""
+    if not optimization.needs.packages or _lacking(optimization):
+        return {}
+    found: dict[str, Autotuner] = {}
+    for workload in workloads:
+        check_op(optimization.op, workload, device, seed, optimization.exactness)  # loads its modules, and tunes
+        known = _tuners_below(optimization.needs.packages)
+        before = {name: getattr(tuner, "best_config", None) for name, tuner in known.items()}
+        for tuner in known.values():
+            tuner.best_config = None
+        check_op(optimization.op, workload, device, seed, optimization.exactness)
+        for name, tuner in known.items():
+            if tuner.best_config is not None:
+                found[name] = tuner
+            else:
+                tuner.best_config = before[name]
+    return found
 
 
 def _check(
@@ -91,9 +155,8 @@ def _check(
         reason = f"this device can't run it: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return OpReport(workload, str(device), seed, Verdict(Level.NOT_RUN, reason))
     launched = {tuner.best_config, *tuner.cache.values()} - {None}
-    if report.passed and config not in launched:
-        reason = "pruned for this workload" if launched else "the kernel isn't launched on this workload"
-        return OpReport(workload, str(device), seed, Verdict(Level.NOT_RUN, reason))
+    if config not in launched and (launched or report.passed):  # what failed before any launch counts against each
+        return OpReport(workload, str(device), seed, Verdict(Level.NOT_RUN, PRUNED if launched else IDLE))
     return report
 
 
@@ -125,7 +188,7 @@ def _choices(tuner: Autotuner) -> list[str]:
     return sorted({str(config) for config in tuner.cache.values()} or ({str(best)} if best is not None else set()))
 
 
-def _tuners_below(roots: tuple[str, ...] | list[str]) -> dict[str, Autotuner]:
+def _tuners_below(roots: Sequence[str]) -> dict[str, Autotuner]:
     """Autotuners among the attributes of loaded modules under `roots`, each once, under the module that defines it."""
     found: dict[int, tuple[str, Autotuner]] = {}
     for module_name, module in sorted(sys.modules.items()):
@@ -155,4 +218,4 @@ def _import_below(root: str) -> None:
         return
     package = importlib.import_module(root)
     for found in pkgutil.iter_modules(getattr(package, "__path__", ())):
-        importlib.import_module(f"{root}.{found.name}")
+        _import_below(f"{root}.{found.name}")

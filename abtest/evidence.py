@@ -16,7 +16,8 @@ WINDOW = 2  # steps to either side that share their noise: eight replicas alone 
 @dataclass(frozen=True)
 class Evidence:
     """The worker's answers. gradients: one answer per state. findings: check 5. update: check 3. work: the census of one
-    micro-step. tripwire: what bending the arm's own parts did; None where that was not asked (the reference)."""
+    micro-step. tripwire: what bending the arm's own parts did; None where that was not asked (the reference). autotune: the
+    configuration that each kernel of the arm's optimizations chose."""
 
     build: dict[str, Any]
     free_run: dict[str, Any]
@@ -25,6 +26,7 @@ class Evidence:
     update: dict[str, Any] | None = None
     work: dict[str, dict[str, int]] | None = None
     tripwire: dict[str, Any] | None = None
+    autotune: dict[str, str] = field(default_factory=dict)
 
     @property
     def losses(self) -> tuple[float, ...]:

@@ -9,13 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from abtest import dropout, tripwire
 from abtest import fingerprint as fp
+from abtest.autotune import chosen
 from abtest.census import work
 from abtest.gradients import Distances
+from abtest.limits import UPDATE
 from abtest.oracle import exact_arithmetic
 from abtest.probes import Probe, supervised
 from abtest.structure import examine, gradients
 from abtest.trace import trace
-from abtest.update import UPDATE, check_update, update_config
+from abtest.update import check_update, update_config
+from kernels import registry
 from loop.config import Config
 from loop.run import Run
 from loop.training import accumulate, build
@@ -24,8 +27,8 @@ CENSUS_OPERATORS = 8  # new operators that are bent one by one
 
 
 class Examiner:
-    """Commands of a worker, which holds `run`, `config`, `exact` and `own`, and knows `_load`, `_probe`, `_release`,
-    `_switch_on` and `step`."""
+    """Commands of a worker, which holds `run`, `config`, `optimizations`, `exact` and `own`, and knows `_load`, `_probe`,
+    `_release`, `_switch_on` and `step`."""
 
     def _measure(self, probe: Probe, truth: str, distances: Distances, marks: list) -> None:
         self.run.optimizer.zero_grad()
@@ -75,6 +78,10 @@ class Examiner:
         answer = work(lambda: _accumulate(self.run, probe), cuda)
         self.run.optimizer.zero_grad()
         return answer
+
+    def autotuned(self) -> dict:
+        """What the autotuners of this arm's optimizations chose so far, by kernel: on the run's shapes, once it trained."""
+        return {name: choice for one in registry.select(self.optimizations) for name, choice in chosen(one).items()}
 
     def tripwire(
         self, weights: str, state: str, truths: dict[str, str], count: int, seed: int, new_operators: list[str], rows: str

@@ -180,7 +180,8 @@ class Experiment:
         work = arm.call("work", **slow, index=1)
         wire = self._tripwire(arm, work) if candidate else None
         update = arm.call("update", **slow)
-        return Evidence(build, run, gradients, findings + update.pop("findings"), update, work, wire)
+        findings += update.pop("findings")
+        return Evidence(build, run, gradients, findings, update, work, wire, arm.call("autotuned"))
 
     def _gradients(self, arm: Arm, state: str) -> dict:
         for index in range(self.settings.probes):

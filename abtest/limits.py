@@ -17,6 +17,10 @@ ALPHA_T = 5.0  # significant: Student's t, paired over probes
 # At the overfit state gradients are what is left of p - 1, and luck weighs more.
 RHO_OVERFIT, GEOMEAN_OVERFIT = 3.0, 1.5
 
+# 3, one optimizer update beside fp64.
+UPDATE = 1e-5  # relative error of an update, of a moment, of accumulated gradients, and of the norm before clipping
+RATE = 1e-6  # relative error of the learning rate, which is double arithmetic
+
 # 4, loss of the free run in units of the noise floor.
 LOSS_SIGMA, LOSS_SUM_SIGMA = 6.0, 4.0
 FP32_ULP = 2.0**-23  # of a loss, relative: below it no difference can be told from rounding the loss itself

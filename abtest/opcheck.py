@@ -21,6 +21,7 @@ from abtest.verdict import Check, Level, Verdict
 from kernels.contract import Exactness, Op, Workload
 
 SEEDS = (0, 1, 2)
+TRAINING_DTYPE = "bfloat16"
 
 Values = dict[str, Tensor | None]
 
@@ -46,6 +47,12 @@ def workloads_for(op: Op, device: torch.device) -> list[Workload]:
     if device.type == "cuda":
         return [workload for workload in op.workloads if not workload.beyond_int32]
     return [replace(workload, dtype="float32") for workload in op.workloads if workload.small]
+
+
+def small_workloads(op: Op) -> list[Workload]:
+    """The small workloads in the dtype that they name and in bf16, which is another kernel to the compiler."""
+    small = [workload for workload in op.workloads if workload.small]
+    return small + [replace(w, dtype=TRAINING_DTYPE) for w in small if w.dtype != TRAINING_DTYPE]
 
 
 def check_op(

@@ -13,6 +13,7 @@ import shlex
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from abtest.arm import ArmFailed, ArmSpec
-from abtest.autotune import check_every_configuration, chosen
+from abtest.autotune import check_every_configuration
 from abtest.catalogue import find
 from abtest.census import changes
 from abtest.command import check_gate, default_for, gate_config, planned_units
@@ -63,8 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, here and in the arms
     _check_missing(optimizations, device)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="isoloss-") as scratch, GateProgress(planned_units(command.gate)) as progress:
-        ops = op_reports(optimizations, device, progress) if command.ops else []
+    with (
+        tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
+        GateProgress(planned_units(command.gate)) as progress,
+        ThreadPoolExecutor(1) as pool,  # op checks need this process alone, and the gate is in its arms' processes
+    ):
+        ops = pool.submit(op_reports, optimizations if command.ops else [], device, progress)
         record = _gate(command, optimizations, device, Path(scratch), progress, ops, began)
         progress.say(f"{record.name}: {record.verdict.level.value}: {record.verdict.reason}")
     append_gate(command.reports / "data", record.environment["device_slug"], record)
@@ -107,11 +112,8 @@ def op_reports(optimizations: list[Optimization], device: torch.device, progress
                 report = check_op(optimization.op, workload, device, seed, optimization.exactness)
                 rows.append(_row(optimization.name, workload.name, seed, report.verdict))
         for kernel, configuration, report in check_every_configuration(optimization, device, SEEDS[0]):
-            rows.append(
-                _row(
-                    f"{optimization.name}, {kernel}", f"{report.workload.name}, {configuration}", report.seed, report.verdict
-                )
-            )
+            case = f"{report.workload.name}, {report.workload.dtype}, {configuration}"
+            rows.append(_row(f"{optimization.name}, {kernel}", case, report.seed, report.verdict))
         wrong = sum(row["level"] in ("FAILED", "INVALID") for row in rows)
         progress.say(f"{optimization.name}: {len(rows)} op checks, {wrong} failed")
     return rows
@@ -123,7 +125,7 @@ def _row(name: str, workload: str, seed: int, verdict: Verdict) -> dict[str, Any
 
 def _gate(
     command: Command, optimizations: list[Optimization], device: torch.device, scratch: Path, progress: GateProgress,
-    ops: list[dict[str, Any]], began: float,
+    ops: Future[list[dict[str, Any]]], began: float,
 ) -> GateRecord:  # fmt: skip
     config = gate_config(command, command.gate)
     claim = registry.weakest_claim(command.optimization)
@@ -144,7 +146,7 @@ def _gate(
             candidate = Candidate(None, Verdict(Level.FAILED, str(error)), None)
         else:
             candidate.arm.__exit__(None, None, None)
-        return _record(command, optimizations, device, experiment, candidate, ops, spec.name, claim, began)
+        return _record(command, optimizations, device, experiment, candidate, ops.result(), spec.name, claim, began)
 
 
 def _record(
@@ -182,7 +184,7 @@ def _record(
         if evidence
         else {},
         op=tuple(ops),
-        autotune={key: value for o in optimizations for key, value in chosen(o).items()},
+        autotune=evidence.autotune if evidence else {},
         seconds={
             "prepare": experiment.seconds.get("prepare", 0.0), "candidate": experiment.seconds.get(name, 0.0),
             "total": time.monotonic() - began,

@@ -16,16 +16,9 @@ import torch
 from abtest import fingerprint as fp
 from abtest.huge import check_beyond_int32, unfit
 from abtest.opcall import call, gradients_of, input_names, leaves, named_outputs, random_gradients
+from abtest.opcheck import small_workloads
 from kernels import registry
 from kernels.contract import Op, Workload
-
-TRAINING_DTYPE = "bfloat16"
-
-
-def small_workloads(op: Op) -> list[Workload]:
-    """The small workloads in the dtype that they name and in bf16, which is another kernel to the compiler."""
-    small = [workload for workload in op.workloads if workload.small]
-    return small + [dataclasses.replace(w, dtype=TRAINING_DTYPE) for w in small if w.dtype != TRAINING_DTYPE]
 
 
 def results(op: Op, side: str, workload: Workload, device: torch.device) -> str:

@@ -77,6 +77,7 @@ def overfit(run: Run, own: list[Document]) -> tuple[float, int]:
     rises above twice its best halves it.
     """
     raise_logits(run)
+    run.optimizer.adamw.state.clear()  # moments of gradients before the logits rose would make for wild first steps
     batch = memorised_batch(own).to(run.device)
     before = run.optimizer.config
     rate = (0.08 if run.config.method == "lora" else 0.02) / math.sqrt(run.model.config.hidden_size)

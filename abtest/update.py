@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from abtest.limits import RATE, UPDATE
 from abtest.quantity import same_bits
 from loop.config import Config, OptimConfig
 from loop.model import trainable
 from loop.run import Run
-
-UPDATE = 1e-5  # relative error of an update, of a moment, of accumulated gradients, and of the norm before clipping
-RATE = 1e-6  # relative error of the learning rate, which is double arithmetic
 
 # Rates at which an update can be told from rounding. A weight near 1 has an ulp of 1.2e-7: at a rate of 1e-4 that is a
 # thousandth of the update, a hundred times the limit. And fp32 AdamW multiplies by 1 - rate * decay, which is rounded to
@@ -35,8 +33,8 @@ MOST_PROBLEMS = 50  # that a report holds; a systematic one repeats for every te
 
 @dataclass
 class UpdateReport:
-    """error: the largest relative error of any tensor's update or moment, and `name` where. problems: what is wrong in kind,
-    which no error measures. Passed when the error is at most UPDATE and there are no problems."""
+    """error: the largest relative error of any tensor's update or moment, and `name` where; NaN once any is NaN. problems:
+    what is wrong in kind, which no error measures. Passed when the error is at most UPDATE and there are no problems."""
 
     error: float = 0.0
     name: str = ""
@@ -47,7 +45,7 @@ class UpdateReport:
         return self.error <= UPDATE and not self.problems
 
     def add(self, error: float, name: str) -> None:
-        if not error <= self.error:  # NaN, too
+        if not math.isnan(self.error) and not error <= self.error:  # NaN is the worst, and the first one stays
             self.error, self.name = error, name
 
 

@@ -196,7 +196,7 @@ class Worker(Examiner, Stopwatch):
 
 COMMANDS = (
     "build", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances", "structure", "update", "work",
-    "tripwire", "trace",
+    "tripwire", "trace", "autotuned",
     "prepare_timing", "time_block", "finish_timing",
 )  # fmt: skip
 

@@ -10,6 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from loop.config import OptimConfig
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's own names
+
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The rate of 0-based `step`: linear warm-up over `warmup_steps`, then a cosine to `min_lr_ratio` at the last step."""
@@ -99,11 +101,28 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes what `state` gave. Raises KeyError for a missing tensor, RuntimeError for a wrong shape."""
+        """Takes what `state` gave, into the tensors that are here already: a CUDA graph keeps their addresses.
+
+        Moments that a state from before the first step lacks become zero, as they were then. Raises KeyError for a missing
+        tensor, RuntimeError for a wrong shape; what came before it is loaded by then.
+        """
+        on_device = any(group["capturable"] or group["fused"] for group in self.adamw.param_groups)
         for name, master in self.masters.items():
-            master.copy_(state[f"master.{name}"])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state]
-            if keys:
-                device = {key: torch.device("cpu") if key == "step" else master.device for key in keys}
-                self.adamw.state[master] = {key: state[f"{key}.{name}"].to(device[key]).clone() for key in keys}
+            _copy(master, state[f"master.{name}"], f"master.{name}")
+            given = any(f"{key}.{name}" in state for key in MOMENTS)
+            own = self.adamw.state[master] if given else self.adamw.state.get(master, {})
+            if given and not own:
+                step = torch.zeros((), device=master.device if on_device else "cpu")
+                own |= {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            for key in own:
+                if given:
+                    _copy(own[key], state[f"{key}.{name}"], f"{key}.{name}")
+                else:
+                    own[key].zero_()
         self.publish()
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
+    if source.shape != target.shape:  # copy_ would spread it
+        raise RuntimeError(f"{name} has shape {list(source.shape)}; {list(target.shape)} is expected")
+    target.copy_(source)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -206,10 +205,18 @@ class OneNaN(ByHand):
             master.view(-1)[3] = math.nan
 
 
+class OneNaNOnce(ByHand):
+    def update(self, name, master, gradient, rate):
+        super().update(name, master, gradient, rate)
+        state = self.adamw.state[master]
+        if name == list(self.masters)[5] and state["step"] == 1:
+            state["exp_avg"].view(-1)[0] = math.nan
+
+
 class AccumulatedInBf16(ByHand):
-    def _master(self, parameter):
-        parameter._post_accumulate_grad_hooks = OrderedDict()  # None would leave the loop's own hook at work
-        return parameter.detach().float().clone()
+    def __init__(self, parameters, config, steps):
+        super().__init__(parameters, config, steps)
+        self.release()
 
     def gradients(self):
         return {name: p.grad for name, p in self.parameters.items()}
@@ -287,7 +294,7 @@ EVERYWHERE = [
     NoDecay, CoupledDecay, NoClipping, ClippedByTensor, ClippedByTheNormBefore, ClippedByTheNormOfAMicroStep,
     BiasCorrectionOffByOne, EpsInsideTheRoot, OtherBeta2, NoWarmUp, DecaysToZero, OneStepAhead, HalfTheRate, RateMisreported,
     NormMisreported, NormAfterClipping, MomentsInBf16, MastersInBf16, OneSkipped, SkipsZeroGradients, OneNotHeld, OneNaN,
-    LastMicroStepOnly, NotCleared, CountLost, CountShared, MomentsNotLoaded, MomentMissing, SquareMomentTooLarge,
+    OneNaNOnce, LastMicroStepOnly, NotCleared, CountLost, CountShared, MomentsNotLoaded, MomentMissing, SquareMomentTooLarge,
 ]  # fmt: skip
 ONLY_FULL = [DecayOfNorms]  # adapters are matrices
 ONLY_BF16 = [AccumulatedInBf16, NotPublished, PublishedTooEarly]  # in fp32 the parameter is its own master

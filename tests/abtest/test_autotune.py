@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 from types import ModuleType
 
@@ -12,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from abtest.autotune import check_every_configuration, chosen, tuners
-from abtest.verdict import Level
+from abtest.autotune import IDLE, PRUNED, check_every_configuration, chosen, complaints, tuners
+from abtest.opcheck import OpReport
+from abtest.verdict import Level, Verdict
+from abtest.worker import COMMANDS, Worker
 from kernels import registry
 from kernels.contract import Exactness, Needs, Op, Optimization, Workload
 from kernels.registry import interpreting
@@ -79,6 +82,17 @@ def inputs(workload: Workload, device: torch.device, seed: int) -> tuple[Tensor]
     return (torch.randn(workload.shape["T"], generator=generator, device=device).requires_grad_(),)
 
 
+@pytest.fixture(autouse=True)
+def untuned():
+    """What one test has a tuner choose, the next one must not find."""
+    kernels = (double_kernel, backward_kernel.fn, unused_kernel)
+    before = [dict(vars(tuner)) | {"cache": {}} for tuner in kernels]
+    yield
+    for tuner, attributes in zip(kernels, before, strict=True):
+        vars(tuner).clear()
+        vars(tuner).update(attributes)
+
+
 @pytest.fixture
 def optimization(monkeypatch) -> Optimization:
     """One whose folder holds the kernels above, two of them under a second name as well."""
@@ -109,6 +123,7 @@ def test_an_optimization_without_a_tuner_has_nothing_to_check(name):
 
 def test_the_wrong_configuration_is_found_and_the_others_pass(optimization):
     reports = check_every_configuration(optimization, DEVICE, 0)
+    reports = [row for row in reports if row[2].workload.small and row[2].workload.dtype == "float32"]
     levels = {(kernel.rpartition(".")[2], config.partition(", WRONG")[0], report.workload.name): report.verdict.level
               for kernel, config, report in reports}  # fmt: skip
     green = (Level.BITWISE, Level.ROUNDING)
@@ -123,7 +138,68 @@ def test_the_wrong_configuration_is_found_and_the_others_pass(optimization):
     wrong = next(report for _, _, report in reports if report.verdict.level is Level.FAILED)
     assert "output 0" in wrong.verdict.reason and "mean ratio" in wrong.verdict.reason
     reasons = {report.verdict.reason for _, _, report in reports if report.verdict.level is Level.NOT_RUN}
-    assert reasons == {"pruned for this workload", "the kernel isn't launched on this workload"}
+    assert reasons == {PRUNED, IDLE}
+
+
+def test_what_is_wrong_or_was_never_reached_is_complained_of(optimization):
+    reports = check_every_configuration(optimization, DEVICE, 0)
+    found = complaints(reports, Exactness.ROUNDING, torch.device("cpu"))
+    assert len(found) == sum(report.verdict.level is Level.FAILED for _, _, report in reports) >= 2
+    assert all("again in BLOCK: 64" in words for words in found)
+    assert "on small, float32: " in found[0] and "output 0" in found[0]
+    on_gpu = complaints(reports, Exactness.ROUNDING, torch.device("cuda"))
+    assert len(on_gpu) == len(found) + 1 and "unused in BLOCK: 32" in on_gpu[-1] and "reached by no workload" in on_gpu[-1]
+    of_a_package = [(f"fla.{kernel}", configuration, report) for kernel, configuration, report in reports]
+    assert len(complaints(of_a_package, Exactness.ROUNDING, torch.device("cuda"))) == len(found)
+    right = [row for row in reports if row[2].verdict.level.lossless]
+    assert right and complaints(right, Exactness.ROUNDING, torch.device("cuda")) == []
+
+
+def test_a_failure_of_another_configuration_is_not_told_of_a_pruned_one(optimization, monkeypatch):
+    """Where its author prunes one, the other runs, whose failure is its own."""
+    monkeypatch.setattr(double_kernel, "early_config_prune", lambda configs, arguments, **keywords: configs[1:])
+    reports = check_every_configuration(optimization, DEVICE, 0)
+    first = [report for kernel, config, report in reports if "again" in kernel and "BLOCK: 32" in config]
+    second = [report for kernel, config, report in reports if "again" in kernel and "BLOCK: 64" in config]
+    assert {report.verdict.reason for report in first} == {PRUNED}
+    assert {report.verdict.level for report in second} == {Level.FAILED}
+
+
+def test_on_a_gpu_small_workloads_are_tried_in_bf16_and_larger_ones_where_those_do_not_reach(optimization, monkeypatch):
+    tried = []
+
+    def check(op, workload, device, seed, exactness):
+        tried.append((workload.name, workload.dtype))
+        tuner = double_kernel
+        pruned = workload.small and tuner.prune_configs({}) == [tuner.configs[1]]
+        tuner.best_config = None if pruned else tuner.prune_configs({})[0]
+        return OpReport(workload, "cuda", seed, Verdict(Level.ROUNDING, ""))
+
+    monkeypatch.setattr("abtest.autotune.check_op", check)
+    monkeypatch.setattr("abtest.autotune.tuners", lambda optimization: {"double": double_kernel})
+    larger = (*SMALL, LARGE, dataclasses.replace(LARGE, name="larger"))
+    wide = dataclasses.replace(optimization, op=dataclasses.replace(optimization.op, workloads=larger))
+    reports = check_every_configuration(wide, torch.device("cuda"), 0)
+    small = [("small", "float32"), ("tiny", "float32"), ("small", "bfloat16"), ("tiny", "bfloat16")]
+    assert tried == [*small, *small, ("large", "float32")]
+    assert [report.verdict.reason for _, _, report in reports[4:]] == [IDLE] * 4 + [""]
+    assert complaints(reports, Exactness.ROUNDING, torch.device("cuda")) == []
+
+
+def test_kernels_of_a_package_are_checked_where_the_op_launches_them(optimization, monkeypatch):
+    """The folder of this optimization has no kernel: all are its package's, and one of those isn't the op's."""
+    for name in ("fake_fla", "fake_fla.ops"):
+        module = ModuleType(name)
+        module.__spec__ = object()
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["fake_fla.ops"].double, sys.modules["fake_fla.ops"].unused = double_kernel, unused_kernel
+    user = dataclasses.replace(optimization, name="no_kernels_of_its_own", needs=Needs(packages=("fake_fla",)))
+    monkeypatch.setattr(double_kernel, "_do_bench", lambda call, quantiles: [call() or 0.0] * 3)
+    monkeypatch.setattr(backward_kernel.fn, "_do_bench", lambda call, quantiles: [call() or 0.0] * 3)
+    reports = check_every_configuration(user, DEVICE, 0)
+    assert {kernel for kernel, _, _ in reports} == {"fake_fla.ops.double"}
+    levels = {config.partition(", WRONG")[0]: report.verdict.level for _, config, report in reports}
+    assert levels["BLOCK: 32"].lossless and levels["BLOCK: 64"] is Level.FAILED
 
 
 def test_tuners_are_left_as_they_were(optimization):
@@ -183,3 +259,13 @@ def test_third_party_tuners_are_told_once_they_ran(optimization, monkeypatch):
 def test_a_choice_on_a_gpu_is_told(optimization):
     Double.apply(*inputs(SMALL[0], DEVICE, 0))
     assert set(chosen(optimization)) == {"kernels.two_configurations.again"}
+
+
+def test_an_arm_tells_what_its_kernels_chose(optimization, monkeypatch):
+    worker = Worker(io.StringIO())
+    worker.optimizations = ["two_configurations"]
+    monkeypatch.setattr("kernels.registry.select", lambda names: [optimization] if names == ["two_configurations"] else [])
+    assert worker.autotuned() == {}
+    monkeypatch.setattr(double_kernel, "cache", {(100, "float32"): double_kernel.configs[1]})
+    assert worker.autotuned() == {"kernels.two_configurations.again": str(double_kernel.configs[1])}
+    assert "autotuned" in COMMANDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from abtest.opcheck import SEEDS, workloads_for
+from kernels.contract import Needs
 from kernels.registry import discover
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,3 +51,23 @@ def test_gates_that_are_skipped_for_hardware_count_as_needing_it():
 def test_without_a_gate_there_is_no_line():
     _, lines = gates("-k", "every_op_has_a_workload", "--require-gpu")
     assert lines and not any(line.startswith(("lossless:", "--require-gpu")) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("needs", "gpu_only", "lacking"),
+    [
+        (Needs(capability=((9, 0), (9, 0))), False, False),
+        (Needs(capability=((10, 0), (10, 3))), False, True),
+        (Needs(cuda=True, packages=("no_such_package",)), False, False),
+        (Needs(cuda=True, packages=("no_such_package",)), True, False),
+        (Needs(cuda=True), True, True),  # beyond its memory
+    ],
+)
+def test_on_a_gpu_another_kind_of_gpu_is_hardware_that_is_not_there(monkeypatch, needs, gpu_only, lacking):
+    spec = importlib.util.spec_from_file_location("lossless_conftest", ROOT / "tests" / "lossless" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, conftest)  # dataclasses look their module up
+    spec.loader.exec_module(conftest)
+    monkeypatch.setattr(conftest, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert conftest.lacks_hardware(needs, gpu_only) is lacking

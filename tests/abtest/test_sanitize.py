@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from abtest import sanitize, sanitize_child
+from abtest.opcheck import small_workloads
 from abtest.sanitize import TOOLS, places, read_log
 from kernels import registry
 from kernels.contract import Op, Workload
@@ -116,11 +117,18 @@ def test_each_tool_watches_the_op_and_the_reference_is_asked_only_for_errors(tmp
         ("racecheck", "candidate"), ("racecheck", "reference"),
     ]  # fmt: skip
     assert all("abtest.sanitize_child silu_mul once" in " ".join(words) for words in asked)
+    huge = sanitize.beyond_int32(registry.discover()["silu_mul"])
+    assert huge == ([], ["beyond 2^31 elements needs a GPU"])  # the child has none, whatever this process was made to say
 
 
 @pytest.mark.skipif(GPU, reason="says what a machine without a GPU gets")
 def test_the_command_prints_a_table_and_says_what_did_not_run(tmp_path, monkeypatch, capsys):
     fake_tool(tmp_path, monkeypatch, clean=CLEAN)
+    answers = {
+        "repeat": {"workloads": 4, "different": []},
+        "huge": sanitize_child.huge(registry.discover()["silu_mul"].op, CPU),
+    }
+    monkeypatch.setattr(sanitize, "_child", lambda name, task, *rest, timeout: (answers[task], ""))  # it is run above
     monkeypatch.setattr(registry, "unmet", lambda needs, device: "needs a newer card" if needs.cuda else None)
     monkeypatch.setenv("COLUMNS", "200")
     code = sanitize.main(["--optimization", "silu_mul", "keep_activations", "ssm_fast_path", "--repeats", "2"])
@@ -131,6 +139,11 @@ def test_the_command_prints_a_table_and_says_what_did_not_run(tmp_path, monkeypa
     fake_tool(tmp_path, monkeypatch, **{"clean": CLEAN, "candidate memcheck": OUT_OF_BOUNDS})
     assert sanitize.main(["--optimization", "silu_mul", "--repeats", "2"]) == 1
     assert "WRONG" in capsys.readouterr().out
+    fake_tool(tmp_path, monkeypatch, clean=CLEAN)
+    answers["repeat"]["different"] = ["1 of 2 in small, float32"]
+    assert sanitize.main(["--optimization", "silu_mul", "--repeats", "2"]) == 1
+    table = capsys.readouterr().out
+    assert table.count("WRONG") == 1 and "1 of 2 in small" in table
 
 
 @pytest.mark.skipif(GPU, reason="says what a machine without a GPU gets")
@@ -166,7 +179,7 @@ def test_the_child_finds_results_that_do_not_repeat():
     assert sanitize_child.repeat(op, "reference", CPU, 5) == {"workloads": 2, "different": []}
     assert sanitize_child.repeat(op, "candidate", CPU, 5)["different"] == ["1 of 5 in small, float32"]
     assert sanitize_child.once(op, "candidate", CPU) == {"workloads": 2}
-    assert [workload.dtype for workload in sanitize_child.small_workloads(op)] == ["float32", "bfloat16"]
+    assert [workload.dtype for workload in small_workloads(op)] == ["float32", "bfloat16"]
 
 
 def test_the_child_prints_one_document(capsys):

@@ -24,14 +24,17 @@ from optimizers import (
     NotCleared,
     NoWarmUp,
     OneNaN,
+    OneNaNOnce,
     OneNotHeld,
     OneSkipped,
     RateMisreported,
 )
 from tiny import CONFIG, tiny
 
+from abtest import limits
 from abtest.catalogue.patching import swap_optimizer
-from abtest.update import UPDATE, UpdateReport, check_update, rate_of, scenarios, update_config
+from abtest.limits import UPDATE
+from abtest.update import UpdateReport, check_update, rate_of, scenarios, update_config
 from loop.config import Config, OptimConfig
 from loop.optim import learning_rate
 
@@ -95,7 +98,34 @@ def test_the_worst_tensor_is_named():
     report = report_of(OneSkipped)
     assert report.error == pytest.approx(1.0) or report.error == math.inf
     assert list(tiny(method="full")[0].optimizer.parameters)[5] in report.name
-    assert not math.isfinite(report_of(OneNaN).error)
+
+
+@pytest.mark.parametrize("kind", [OneNaN, OneNaNOnce])
+def test_nan_is_the_worst_error_wherever_it_comes(kind):
+    report = report_of(kind)
+    assert math.isnan(report.error) and not report.passed
+    assert list(tiny(method="full")[0].optimizer.parameters)[5] in report.name
+
+
+@pytest.mark.parametrize("errors", [(math.nan, 3.0), (3.0, math.nan), (math.inf, math.nan, 0.0), (math.nan, math.inf)])
+def test_nan_is_never_overwritten(errors):
+    report = UpdateReport()
+    for error in errors:
+        report.add(error, f"{error}")
+    assert math.isnan(report.error) and report.name == "nan" and not report.passed
+
+
+def test_the_largest_error_is_kept():
+    report = UpdateReport()
+    for error in (1e-7, 3e-6, 2e-6):
+        report.add(error, f"{error}")
+    assert (report.error, report.name, report.passed) == (3e-6, "3e-06", True)
+    report.add(UPDATE * 1.01, "worse")
+    assert not report.passed and report.name == "worse"
+
+
+def test_its_limits_are_among_the_recorded_ones():
+    assert {"UPDATE", "RATE"} <= vars(limits).keys()
 
 
 @pytest.mark.parametrize(("steps", "method"), [(1, "lora"), (2, "lora"), (12, "full")])

@@ -164,17 +164,22 @@ def test_a_parameter_without_a_gradient_stays():
     assert float(norm) == pytest.approx(math.sqrt(6)) and torch.equal(params["matrix"].detach(), before)
 
 
+def run(optimizer: MasterAdamW, params: dict[str, nn.Parameter], steps: range) -> None:
+    for step in steps:
+        backward(params, gradients(step))
+        optimizer.step(step)
+
+
+def copies(optimizer: MasterAdamW) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in optimizer.state().items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_restored_state_goes_on_with_the_same_bits(dtype):
-    def run(optimizer: MasterAdamW, params: dict[str, nn.Parameter], steps: range) -> None:
-        for step in steps:
-            backward(params, gradients(step))
-            optimizer.step(step)
-
     straight = parameters(dtype)
     whole = MasterAdamW(straight, CONFIG, STEPS)
     run(whole, straight, range(4))
-    saved = {name: value.detach().clone() for name, value in whole.state().items()}
+    saved = copies(whole)
     run(whole, straight, range(4, 8))
 
     resumed = parameters(dtype)
@@ -184,3 +189,63 @@ def test_a_restored_state_goes_on_with_the_same_bits(dtype):
     assert whole.state().keys() == second.state().keys()
     assert all(torch.equal(value, second.state()[name]) for name, value in whole.state().items())
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_is_loaded_where_the_old_one_lies(dtype):
+    """A captured CUDA graph goes on reading the addresses that it saw."""
+    params = parameters(dtype)
+    optimizer = MasterAdamW(params, CONFIG, STEPS)
+    run(optimizer, params, range(3))
+    saved = copies(optimizer)
+    run(optimizer, params, range(3, 6))
+    before = optimizer.state()
+    addresses = {name: value.data_ptr() for name, value in before.items()}
+    assert any(not torch.equal(saved[name], value) for name, value in before.items())
+    optimizer.load_state(saved)
+    after = optimizer.state()
+    assert {name: value.data_ptr() for name, value in after.items()} == addresses
+    assert len(after) == 4 * len(SHAPES) and all(torch.equal(saved[name], value) for name, value in after.items())
+    saved["exp_avg.matrix"].fill_(7.0)
+    assert not after["exp_avg.matrix"].eq(7.0).any(), "the state that was given must stay the caller's own"
+
+
+def test_a_state_from_before_the_first_step_takes_the_moments_back_to_zero():
+    params = parameters()
+    optimizer = MasterAdamW(params, CONFIG, STEPS)
+    start = copies(optimizer)
+    run(optimizer, params, range(4))
+    straight = copies(optimizer)
+    addresses = {name: value.data_ptr() for name, value in optimizer.state().items()}
+    optimizer.load_state(start)
+    assert all(not value.any() for name, value in optimizer.state().items() if not name.startswith("master."))
+    run(optimizer, params, range(4))
+    again = optimizer.state()
+    assert {name: value.data_ptr() for name, value in again.items()} == addresses
+    assert straight.keys() == again.keys() and all(torch.equal(straight[name], value) for name, value in again.items())
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("name", ["master.conv", "step.matrix", "exp_avg_sq.vector"])
+def test_a_state_with_a_gap_is_refused(name, fresh):
+    params = parameters()
+    optimizer = MasterAdamW(params, CONFIG, STEPS)
+    run(optimizer, params, range(2))
+    state = copies(optimizer)
+    del state[name]
+    target = MasterAdamW(parameters(), CONFIG, STEPS) if fresh else optimizer
+    with pytest.raises(KeyError, match=name):
+        target.load_state(state)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("name", ["master.matrix", "exp_avg.matrix", "step.vector"])
+def test_a_tensor_of_another_shape_is_not_spread(name, fresh):
+    params = parameters()
+    optimizer = MasterAdamW(params, CONFIG, STEPS)
+    run(optimizer, params, range(2))
+    state = copies(optimizer)
+    state[name] = torch.ones(1)
+    target = MasterAdamW(parameters(), CONFIG, STEPS) if fresh else optimizer
+    with pytest.raises(RuntimeError, match=rf"{name} has shape \[1\]"):
+        target.load_state(state)

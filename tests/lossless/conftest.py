@@ -1,6 +1,7 @@
 """Counts the gates that were executed, and says in one closing line which were not.
 
-A gate is a lossless test of one optimization: of its op on one workload with one seed, or of a whole arm.
+A gate is a lossless test of one optimization: of its op on one workload with one seed, in all autotune configurations or
+beyond 2^31 elements, or of a whole arm.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from abtest.opcheck import SEEDS, workloads_for
-from kernels.contract import Optimization
+from kernels.contract import Needs, Optimization
+from kernels.registry import unmet
 from loop.device import device_name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,21 +22,20 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass
 class Tally:
-    """What became of each gate. ops: optimizations whose op was gated, on however few workloads."""
+    """What became of each gate. ops: optimizations whose op was gated with every seed, on however few workloads."""
 
     executed: int = 0
     failed: int = 0
-    need_gpu: int = 0
+    need_hardware: int = 0
     skipped: int = 0
     ops: dict[str, Optimization] = field(default_factory=dict)
 
-    def count(self, optimization: Optimization, outcome: str) -> None:
-        needs = optimization.needs
+    def count(self, optimization: Optimization, outcome: str, gpu_only: bool) -> None:
         if outcome != "skipped":
             self.executed += 1
             self.failed += outcome == "failed"
-        elif DEVICE.type != "cuda" and (needs.cuda or needs.capability is not None):
-            self.need_gpu += 1
+        elif lacks_hardware(optimization.needs, gpu_only):
+            self.need_hardware += 1
         else:
             self.skipped += 1
 
@@ -44,14 +45,22 @@ class Tally:
         return sum(len(SEEDS) * (len(workloads_for(op, gpu)) - len(workloads_for(op, DEVICE))) for op in ops)
 
     def lacking(self) -> int:
-        """Gates that were not executed for want of a GPU."""
-        return self.need_gpu + self.too_large()
+        """Gates that were not executed for want of a GPU, or of another one."""
+        return self.need_hardware + self.too_large()
 
     def line(self) -> str:
         where = device_name(DEVICE) if DEVICE.type == "cuda" else "cpu (interpreter)"
         parts = [f"lossless: {self.executed} gates executed on {where}"]
-        counts = ((self.failed, "failed"), (self.lacking(), "need a GPU"), (self.skipped, "skipped"))
+        need = "need another GPU" if DEVICE.type == "cuda" else "need a GPU"
+        counts = ((self.failed, "failed"), (self.lacking(), need), (self.skipped, "skipped"))
         return ", ".join(parts + [f"{count} {words}" for count, words in counts if count])
+
+
+def lacks_hardware(needs: Needs, gpu_only: bool) -> bool:
+    """Whether a gate that was skipped was skipped for want of hardware: a GPU, one of another kind, or its memory."""
+    if DEVICE.type != "cuda":
+        return gpu_only or needs.cuda or needs.capability is not None
+    return unmet(Needs(capability=needs.capability), DEVICE) is not None or (gpu_only and unmet(needs, DEVICE) is None)
 
 
 TALLY = pytest.StashKey[Tally]()
@@ -61,12 +70,13 @@ TALLY = pytest.StashKey[Tally]()
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     report = yield
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if "optimization" in parameters and item.get_closest_marker("lossless") is not None:
+    if isinstance(parameters.get("optimization"), Optimization) and item.get_closest_marker("lossless") is not None:
         tally = item.config.stash.setdefault(TALLY, Tally())
-        if "workload" in parameters:
+        gpu_only = item.get_closest_marker("gpu") is not None
+        if "workload" in parameters and "seed" in parameters:
             tally.ops[parameters["optimization"].name] = parameters["optimization"]
         if report.when == "call" or (report.when == "setup" and not report.passed):
-            tally.count(parameters["optimization"], report.outcome)
+            tally.count(parameters["optimization"], report.outcome, gpu_only)
     return report
 
 

@@ -1,6 +1,7 @@
-"""Every optimization gated end to end in processes of its own: the whole experiment, on a small model and little evidence.
+"""Every optimization through the whole gate, in processes of its own, on a small hybrid model.
 
-On a GPU in bf16; elsewhere in fp32, since Triton's interpreter truncates bf16.
+As much evidence as `python -m abtest.run` gathers; only the model and its packs are smaller. On a GPU in bf16; elsewhere in
+fp32, since Triton's interpreter truncates bf16.
 """
 
 from __future__ import annotations
@@ -13,23 +14,26 @@ import pytest
 import torch
 
 from abtest.arm import ArmSpec
-from abtest.experiment import Experiment, GateConfig
-from abtest.verdict import Level
+from abtest.command import gate_config
+from abtest.experiment import Experiment
+from abtest.settings import GateConfig
+from abtest.verdict import PARTS, Level
 from kernels.contract import Exactness
 from kernels.registry import discover, unmet
 from loop.config import Config, DataConfig, LoraConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SETTINGS = GateConfig(steps=6, replicas=4, probes=4)
-CONFIG = Config(
-    model="qwen3.5-tiny",
-    steps=SETTINGS.steps,
-    device=DEVICE.type,
-    dtype="bfloat16" if DEVICE.type == "cuda" else "float32",
-    gradient_checkpointing=True,
-    repeatable_attention=True,
-    lora=LoraConfig(rank=8, alpha=16.0),
-    data=DataConfig(pack_length=256),
+SETTINGS = GateConfig(parallel=2)  # everything else as the command has it: fewer steps or probes would be another gate
+CONFIG = gate_config(
+    Config(
+        model="qwen3.5-tiny",
+        device=DEVICE.type,
+        dtype="bfloat16" if DEVICE.type == "cuda" else "float32",
+        gradient_checkpointing=True,
+        lora=LoraConfig(rank=8, alpha=16.0),
+        data=DataConfig(pack_length=256),
+    ),
+    SETTINGS,
 )
 SHIPPING = Path(__file__).resolve().parents[2] / "kernels"  # negative_results/ need not pass anywhere
 PASSES = {
@@ -70,6 +74,7 @@ def test_arm_keeps_its_claim(optimization, request):
         verdict = candidate.verdict
     if verdict.level is Level.NOT_RUN:
         pytest.skip(verdict.reason)
+    assert {check.part for check in verdict.checks} >= PARTS.keys() - {0}, "a part of the gate did not run"
     if (SHIPPING / optimization.name).is_dir():
         assert verdict.level in PASSES[optimization.exactness], verdict.reason
     else:

@@ -1,4 +1,5 @@
-"""Every op of every optimization against fp64 truth, and every custom op against PyTorch's own rules for one."""
+"""Every op of every optimization against fp64 truth, in every configuration that an autotuner may choose and beyond 2^31
+elements, and every custom op against PyTorch's own rules for one."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import importlib
 import pytest
 import torch
 
+from abtest.autotune import check_every_configuration, complaints, tuners
+from abtest.huge import check_beyond_int32, unfit
 from abtest.opcheck import SEEDS, check_op, workloads_for
 from abtest.verdict import Level
 from kernels.contract import Exactness
@@ -18,6 +21,19 @@ CASES = [
     for name, optimization in discover().items()
     if optimization.op is not None
     for workload in workloads_for(optimization.op, DEVICE)
+]
+BEYOND = [
+    pytest.param(optimization, workload, id=f"{name}-{workload.name}".replace(" ", "_"))
+    for name, optimization in discover().items()
+    if optimization.op is not None
+    for workload in optimization.op.workloads
+    if workload.beyond_int32
+]
+# Packages may bring tuners, which are known once they have run.
+TUNED = [
+    pytest.param(optimization, id=name)
+    for name, optimization in discover().items()
+    if optimization.op is not None and ((optimization.needs.triton and optimization.needs.packages) or tuners(optimization))
 ]
 
 
@@ -33,6 +49,29 @@ def test_op_is_as_close_to_the_truth_as_pytorch(optimization, workload, seed):
         assert report.verdict.level is Level.APPROX or report.passed, report.verdict.reason
     else:
         assert report.passed, report.verdict.reason
+
+
+@pytest.mark.lossless
+@pytest.mark.parametrize("optimization", TUNED)
+def test_every_configuration_that_an_autotuner_may_choose_is_right(optimization):
+    missing = unmet(optimization.needs, DEVICE)
+    if missing:
+        pytest.skip(missing)
+    reports = check_every_configuration(optimization, DEVICE, SEEDS[0])
+    assert complaints(reports, optimization.exactness, DEVICE) == []
+    if all(report.verdict.level is Level.NOT_RUN for _, _, report in reports):
+        pytest.skip("no configuration fits this device" if reports else "no kernel of it is autotuned")
+
+
+@pytest.mark.lossless
+@pytest.mark.gpu
+@pytest.mark.parametrize(("optimization", "workload"), BEYOND)
+def test_op_reaches_beyond_32_bit_offsets(optimization, workload):
+    reason = unmet(optimization.needs, DEVICE) or unfit(optimization.op, workload, DEVICE)
+    if reason:
+        pytest.skip(reason)
+    check = check_beyond_int32(optimization.op, workload, DEVICE)
+    assert check.passed, check.detail
 
 
 @pytest.mark.lossless

@@ -78,8 +78,9 @@ def test_the_recipe_of_the_readme_is_one(root, tmp_path):
     assert (config.lora.rank, config.data.pack_length, config.grad_accum) == (128, 5376, 4)
 
 
-def test_the_version_is_the_newest_of_the_changelog(root, pyproject):
+def test_the_version_is_the_newest_released_of_the_changelog(root, pyproject):
     versions = re.findall(r"^## (\S+)", page(root, "CHANGELOG.md"), re.MULTILINE)
+    versions = versions[1:] if versions[0] == "Unreleased" else versions
     assert versions[0] == pyproject["project"]["version"]
     assert versions == sorted(versions, key=lambda v: tuple(map(int, v.split("."))), reverse=True)
 
