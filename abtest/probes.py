@@ -12,6 +12,7 @@ import torch
 
 from loop.batch import IGNORE, PackedBatch
 from loop.data import Dataset
+from loop.errors import UserError
 
 FAR = 1_000_000  # a step no training run reaches: its micro-batches are drawn from the same packs in another order
 # Documents of 1 to 3 tokens, exact chunks of 64, one off either side, 128 and a half chunk, and what is left of the pack.
@@ -24,7 +25,10 @@ Document = tuple[torch.Tensor, torch.Tensor]  # ids and labels, both [length]
 
 def probes(dataset: Dataset, count: int, packs: int, vocabulary: int, seed: int = 0) -> list[Probe]:
     """`count` probes on the CPU, in turn: real packs; tricky ones; two rows off the 64-token grid; uneven accumulation; one
-    row with L % 128 == 64; one document as long as the pack. `seed` picks other packs and other random tokens."""
+    row with L % 128 == 64; one document as long as the pack. `seed` picks other packs and other random tokens.
+
+    What teaches nothing gives nothing to compare: one long document stands in for it, as in packs of a few tokens.
+    """
     L = dataset.pack_length
 
     def real(index: int) -> PackedBatch:
@@ -59,7 +63,8 @@ def probes(dataset: Dataset, count: int, packs: int, vocabulary: int, seed: int 
         lambda i: (real(i),),
         uneven,
     )
-    return [kinds[index % len(kinds)](index) for index in range(count)]
+    made = [(index, kinds[index % len(kinds)](index)) for index in range(count)]
+    return [probe if supervised(probe) else long(index) for index, probe in made]
 
 
 def supervised(probe: Sequence[PackedBatch]) -> int:
@@ -95,8 +100,11 @@ def repack(own: Sequence[Document], rows: int, length: int) -> PackedBatch:
 
 
 def cut(ids: torch.Tensor, labels: torch.Tensor, length: int) -> Document:
-    """The first `length` tokens; the last one has nothing left to predict."""
-    ids, labels = ids[:length], labels[:length].clone()
+    """The first `length` tokens, or the last ones that teach where a prompt is all of the first; the last token of them has
+    nothing left to predict."""
+    taught = (labels != IGNORE).nonzero().flatten().tolist()
+    start = max(0, taught[-1] + 2 - length) if taught and taught[0] > length - 2 else 0
+    ids, labels = ids[start:][:length], labels[start:][:length].clone()
     labels[-1] = IGNORE
     return ids, labels
 
@@ -160,16 +168,20 @@ def _lengths(pack_length: int, row: int) -> list[int]:
 def memorised(dataset: Dataset) -> list[Document]:
     """Short documents with every position supervised, which the overfit state is trained on.
 
-    Each starts with another token: what follows two documents' common beginning could not be known by heart.
+    Each starts with another token: what follows two documents' common beginning could not be known by heart. Raises
+    UserError where no document has two tokens.
     """
     every = [ids for step in range(FAR, FAR + 100) for ids, _ in documents(dataset.micro_batches(step, 1, 1)[0])]
     length = max(2, min(MEMORISED_LENGTH, dataset.pack_length // 2, max(len(ids) for ids in every) - 1))
     found: dict[int, Document] = {}
     for ids in every:
-        starts = [at for at in range(len(ids) - length) if int(ids[at]) not in found]
+        left = len(ids) - length
+        starts = [at for at in range(max(1, left)) if left >= 0 and int(ids[at]) not in found]
         if starts and len(found) < MEMORISED:
             part = ids[starts[len(starts) // 2] :][:length]
             found[int(part[0])] = (part, torch.cat([part[1:], torch.tensor([IGNORE])]))
+    if not found:
+        raise UserError(f"{dataset.source}: no document has two tokens; the gate needs documents with something to predict")
     return list(found.values())
 
 

@@ -10,14 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from in_process import CONFIG
+import torch
+from tiny import CONFIG
 
+from abtest import worker
 from abtest.arm import ROOT, Arm, ArmFailed, ArmSpec
+from abtest.in_process import InProcessArm
 from abtest.worker import Worker
 from loop.config import DataConfig
 from loop.errors import UserError
 from loop.recipe import to_plain
 
+PLANTED = "lora_scale_off:first:0.01"
 # A worker whose `build` does what the arm's first optimization says. Named as the interpreter, it stands in for it.
 STAND_IN = """#!{python}
 import os, sys
@@ -26,7 +30,7 @@ import torch
 from abtest import worker
 from loop.errors import UserError
 
-def build(self, config, optimizations, exact):
+def build(self, config, optimizations, planted=None, exact=False):
     what = optimizations[0]
     if what == "print":
         print("to stdout", flush=True)
@@ -37,27 +41,28 @@ def build(self, config, optimizations, exact):
         raise UserError("no such thing as\\n a line break")
     if what == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried a lot.\\nSee the documentation.")
-    if what == "exit":
-        os._exit(3)
     if what == "raise":
         raise RuntimeError("said over\\ntwo lines")
     return {{"pid": os.getpid(), "what": what}}
 
 worker.Worker.build = build
+worker.importlib.util.find_spec = lambda name: None  # what no arm here needs isn't imported
 worker.main()
 """
+SUDDEN_END = "#!/bin/sh\nread -r line; exit 3\n"
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """start("print"): an arm on the stand-in worker, to be used as a context manager."""
     script = tmp_path / "python"
-    script.write_text(STAND_IN.format(python=sys.executable, root=str(ROOT)), encoding="utf-8")
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    worker_like = STAND_IN.format(python=sys.executable, root=str(ROOT))
+    script.touch(stat.S_IRWXU)
     monkeypatch.setattr(sys, "executable", str(script))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def make(what: str) -> Arm:
+        script.write_text(SUDDEN_END if what == "exit" else worker_like, encoding="utf-8")
         return Arm(ArmSpec(what, CONFIG, (what,)), tmp_path, environment)
 
     return make
@@ -67,23 +72,19 @@ def ended(arm: Arm) -> bool:
     return arm.process.poll() is not None and not Path(f"/proc/{arm.process.pid}").exists()
 
 
-def test_prints_do_not_garble_answers(start, tmp_path):
+def test_prints_do_not_garble_answers_and_a_mistake_of_the_users_ends_nothing(start, tmp_path):
     with start("print") as arm:
+        for _ in range(2):
+            with pytest.raises(UserError, match="no such thing"):
+                arm.call("build", config={}, optimizations=["mistake"])
         steps = []
-        built = arm.call("build", on_step=lambda *step: steps.append(step), config={}, optimizations=["print"], exact=False)
+        built = arm.call("build", on_step=lambda *step: steps.append(step), config={}, optimizations=["print"])
         assert built == {"pid": arm.process.pid, "what": "print"} and steps == [(1, 2)]
         assert arm.build() == built == arm.built
         assert built["pid"] != os.getpid()
     assert ended(arm)
     log = (tmp_path / "print.log").read_text()
     assert "to stdout" in log and "forged" in log and "from a child process" in log
-
-
-def test_a_mistake_of_the_users_passes_through_and_the_arm_lives_on(start):
-    with start("mistake") as arm:
-        for _ in range(2):
-            with pytest.raises(UserError, match="no such thing"):
-                arm.build()
 
 
 @pytest.mark.parametrize(
@@ -120,18 +121,68 @@ def test_an_error_in_between_ends_the_process_at_once(start):
 
 
 def test_a_real_arm_builds_what_this_process_builds(tmp_path, one_thread):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with Arm(ArmSpec("stock", CONFIG), tmp_path, environment) as arm:
+    """After a mistake, too; and what is planted is built upon. Nobody asks for what it does not know."""
+    absent = dataclasses.replace(CONFIG, data=DataConfig(path=tmp_path / "absent.jsonl"))
+    with Arm(ArmSpec("stock", CONFIG), tmp_path, os.environ | {"OMP_NUM_THREADS": "1"}) as arm:
+        with pytest.raises(UserError, match=r"absent\.jsonl"):
+            arm.call("build", config=to_plain(absent), optimizations=[])
         theirs = arm.build()
         run = arm.call("free_run", steps=2)
+        arm.spec = ArmSpec("planted", CONFIG, planted=PLANTED)
+        planted = arm.build()
+        with pytest.raises(ArmFailed, match="of arm planted ended with code 1: ValueError: unknown command 'reset'"):
+            arm.call("reset")
     here = Worker(io.StringIO())
     ours = here.build(to_plain(CONFIG), [])
-    assert theirs == ours
+    assert theirs == ours and not ours["changed"]
     assert run == here.free_run(2)
+    assert planted["enabled"] == [PLANTED] and planted["changed"] and planted["weights"] == ours["weights"]
 
 
-def test_a_real_arm_passes_a_wrong_path_on(tmp_path):
-    data = DataConfig(path=tmp_path / "absent.jsonl")
-    spec = ArmSpec("stock", dataclasses.replace(CONFIG, data=data))
-    with pytest.raises(UserError, match=r"absent\.jsonl"), Arm(spec, tmp_path, dict(os.environ)) as arm:
-        arm.build()
+def test_a_worker_notes_what_the_reference_was_off_by_and_computes_it_once(tmp_path, monkeypatch):
+    made = Worker(io.StringIO())
+    made.build(to_plain(CONFIG), [], exact=True)
+    made.save_weights(str(tmp_path / "w.safetensors"))
+    ask = {
+        "weights": str(tmp_path / "w.safetensors"),
+        "count": 6,
+        "seed": 0,
+        "folder": str(tmp_path / "o"),
+        "budget": 1 << 30,
+    }
+    answers = {index: made.oracle("step 0", index=index, **ask) for index in (0, 1, 4)}
+    noted = {index: set(answer["notes"]) for index, answer in answers.items()}
+    assert noted == {0: {"packing_error"}, 1: {"packing_error", "recurrence_error"}, 4: set()}
+    assert all(0 < error < 1e-9 for error, _ in answers[1]["notes"].values())
+    assert len(list((tmp_path / "o").iterdir())) == 3
+    monkeypatch.setattr(worker, "exact_gradients", None)
+    assert {index: made.oracle("step 0", index=index, **ask) for index in answers} == answers
+
+
+# The same without a process
+
+
+def test_without_a_process_an_arm_answers_the_same_and_fails_the_same(one_thread):
+    with InProcessArm(ArmSpec("here", CONFIG, planted=PLANTED)) as arm:
+        assert arm.build()["enabled"] == [PLANTED] and arm.built["elements"]
+        with pytest.raises(UserError, match=r"^--plant nothing:first:1: nothing to plant is named 'nothing'"):
+            arm.call("build", config=to_plain(CONFIG), optimizations=[], planted="nothing:first:1")
+        with pytest.raises(ArmFailed, match=r"^free_run of arm here: RuntimeError: said over$") as failure:
+            arm.worker.free_run = raises(RuntimeError("said over\ntwo lines"))
+            arm.call("free_run", steps=1)
+        assert isinstance(failure.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no more"), UserError("yours")], ids=repr)
+def test_without_a_process_not_every_error_is_the_arm_s(error):
+    arm = InProcessArm(ArmSpec("here", CONFIG))
+    arm.worker.free_run = raises(error)
+    with pytest.raises(type(error)):
+        arm.call("free_run", steps=1)
+
+
+def raises(error: BaseException):
+    def command(**arguments):
+        raise error
+
+    return command

@@ -2,64 +2,69 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 
-import planted
 import pytest
 import torch
-from in_process import CONFIG
+from tiny import gradients, tiny, tricky
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from abtest import worker
-from abtest.oracle import EXACT_DTYPE, exact_arithmetic, exact_gradients, make_exact, packing_error, unpacked
-from abtest.probes import probe_batches, tricky_batch
-from abtest.worker import Worker
+from abtest import oracle
+from abtest.catalogue import find
+from abtest.gradients import pooled
+from abtest.oracle import exact_arithmetic, exact_gradients, make_exact, recurrence, unpacked
+from abtest.probes import Probe, one_document, probes, supervised, tricky_batch
 from loop.batch import IGNORE
 from loop.delta_net import CHUNK, PackedDeltaNet
 from loop.model import forward_body, trainable
-from loop.recipe import to_plain
+from loop.run import Run
 from loop.training import accumulate
 
 AGREES, LEAKS = 1e-5, 1e-2  # relative distance of gradients
+Gradients = dict[str, torch.Tensor]
 
 
-def built(exact: bool = False, config=CONFIG) -> Worker:
-    """A worker with a run whose LoRA products count: B is drawn, not zero."""
-    worker = Worker(io.StringIO())
-    worker.build(to_plain(config), [], exact)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in trainable(worker.run.model).items():
-            if ".lora_B." in name:
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return worker
+def exact(**changes) -> Run:
+    run, _ = tiny(**changes)
+    make_exact(run)
+    return run
 
 
-@pytest.fixture(scope="module")
-def oracle(one_thread) -> Worker:
-    return built(exact=True)
+def true_gradients(run: Run, probe: Probe) -> Gradients:
+    return {name: gradient.clone() for name, gradient in exact_gradients(run, probe, torch.float64).items()}
 
 
 @pytest.fixture(scope="module")
-def batches(oracle):
-    """Two real packs and a tricky one."""
-    return probe_batches(oracle.dataset, 4, 1, oracle.run.model.config.vocab_size)[1:]
+def run(one_thread) -> Run:
+    """The oracle of an fp32 run."""
+    return exact()
 
 
 @pytest.fixture(scope="module")
-def truth(oracle, batches):
-    return [{n: g.clone() for n, g in exact_gradients(oracle.run, batch, oracle.exact).items()} for batch in batches]
+def own(one_thread) -> list[Probe]:
+    """A tricky probe, two rows, and two micro-steps."""
+    made, dataset = tiny()
+    return probes(dataset, 4, 1, made.model.config.vocab_size)[1:]
 
 
-def distance(worker: Worker, batch, exact: dict[str, torch.Tensor]) -> float:
+@pytest.fixture(scope="module")
+def truth(run, own) -> list[Gradients]:
+    return [true_gradients(run, probe) for probe in own]
+
+
+def of_probe(run: Run, probe: Probe) -> Gradients:
+    run.optimizer.zero_grad()
+    accumulate(run, list(probe), supervised(probe))
+    return run.optimizer.gradients()
+
+
+def distance(found: Mapping[str, torch.Tensor], truth: Gradients) -> float:
     """The largest relative distance of any parameter's gradient from the oracle's."""
-    worker.run.optimizer.zero_grad()
-    accumulate(worker.run, [batch], batch.supervised_tokens)
-    gradients = worker.run.optimizer.gradients()
-    return max(float((gradients[name].double() - g).norm() / g.norm()) for name, g in exact.items())
+    assert found.keys() == truth.keys()
+    return max(float((found[name].double() - g).norm() / g.norm()) for name, g in truth.items())
 
 
 class Widths(TorchDispatchMode):
@@ -77,18 +82,22 @@ class Widths(TorchDispatchMode):
         return out
 
 
-def test_every_operation_of_the_oracle_is_fp64(oracle, batches):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_every_operation_of_the_oracle_is_fp64(dtype, method, own):
+    run = exact(dtype=dtype, method=method, gradient_checkpointing=True)
+    assert not run.model.is_gradient_checkpointing  # a recomputed forward would be narrower
     with Widths() as widths:
-        exact_gradients(oracle.run, batches[0], oracle.exact)
+        exact_gradients(run, own[0], torch.float64)
     assert set(widths.seen) == {torch.float64}, widths.seen
     with Widths() as widths:
-        forward_body(oracle.run.model, batches[0])
+        forward_body(run.model, own[0][0])
     assert torch.float32 in widths.seen  # what the same model does when it is not asked for more
 
 
-def test_the_gradient_is_the_slope_that_only_fp64_can_measure(oracle, batches, truth):
+def test_the_gradient_is_the_slope_that_only_fp64_can_measure(run, own, truth):
     """Central differences over 2e-5: in fp32 the loss has no digit left to take them from."""
-    parameters, run, batch = trainable(oracle.run.model), oracle.run, batches[0]
+    parameters, (batch,) = trainable(run.model), own[0]
     generator = torch.Generator().manual_seed(3)
     along = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in parameters.items()}
 
@@ -106,72 +115,118 @@ def test_the_gradient_is_the_slope_that_only_fp64_can_measure(oracle, batches, t
     assert slope == pytest.approx(sum(float((truth[0][n] * along[n]).sum()) for n in along), rel=1e-6)
 
 
-def test_the_packed_reference_agrees(batches, truth):
-    reference = built()
-    assert max(distance(reference, batch, exact) for batch, exact in zip(batches, truth, strict=True)) < AGREES
+def test_the_packed_reference_agrees(own, truth):
+    reference, _ = tiny()
+    assert max(distance(of_probe(reference, probe), exact) for probe, exact in zip(own, truth, strict=True)) < AGREES
 
 
-def test_the_packing_error_is_the_worst_parameter_s_distance(oracle, batches, truth):
-    error, name = packing_error(oracle.run, batches[0], oracle.exact, truth[0])
-    assert 0 < error < 1e-12 and name in truth[0]  # fp64 throughout
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_bf16_runs_oracle_has_the_gradients_of_its_rounded_weights(method, own):
+    """Those of an fp32 run that holds the same values: nothing is rounded to bf16 on the way, nor swallowed by masters."""
+    low, _ = tiny(dtype="bfloat16", method=method)
+    values = {name: p.detach().double() for name, p in low.model.named_parameters()}
+    arm = of_probe(low, own[0])
+    assert all(g.dtype is torch.float32 for g in arm.values())
+    arm = {name: gradient.clone() for name, gradient in arm.items()}
+    assert make_exact(low) is torch.float64
+    high = exact(method=method)
+    for name, parameter in high.model.named_parameters():
+        assert torch.equal(low.model.get_parameter(name), values[name])  # raised, not changed
+        parameter.data.copy_(values[name])
+    found, wanted = (true_gradients(run, own[0]) for run in (low, high))
+    assert all(g.dtype is torch.float64 and torch.equal(g, wanted[name]) for name, g in found.items())
+    assert all(float(g.norm()) > 0 for g in found.values()) and 1e-3 < distance(arm, found) < 1
+
+
+def test_only_a_large_bf16_model_is_computed_in_fp32(monkeypatch):
+    monkeypatch.setattr(oracle, "FP64_PARAMETERS", 1000)
+    runs = {dtype: tiny("qwen3-tiny", dtype=dtype, gradient_checkpointing=True)[0] for dtype in ("float32", "bfloat16")}
+    assert {dtype: make_exact(run) for dtype, run in runs.items()} == {"float32": torch.float64, "bfloat16": torch.float32}
+    low = runs["bfloat16"]
+    assert low.model.is_gradient_checkpointing and all(p.dtype is torch.float32 for p in low.model.parameters())
+    found = exact_gradients(low, (tricky(low, 0),), torch.float32)
+    assert all(g.dtype is torch.float32 and float(g.norm()) > 0 for g in found.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_released_optimizer_gets_nothing_any_more(method):
+    """The hooks that move a bf16 gradient to its master are gone, so that another optimizer's find it where it was."""
+    low, _ = tiny("qwen3-tiny", dtype="bfloat16", method=method)
+    optimizer, batch = low.optimizer, tricky(low, 0)
+    held = len(optimizer.hooks)
+    assert held == sum(p.dtype is torch.bfloat16 for p in optimizer.parameters.values()) > 0
+    assert all(p._post_accumulate_grad_hooks for p in optimizer.parameters.values())
+    before = gradients(low, batch)
+    optimizer.release()
+    assert not optimizer.hooks and not any(p._post_accumulate_grad_hooks for p in optimizer.parameters.values())
+    low.micro_step(low, batch, batch.supervised_tokens)
+    assert all(gradient is None for gradient in optimizer.gradients().values())
+    for name, parameter in optimizer.parameters.items():
+        assert parameter.grad.dtype is torch.bfloat16 and torch.equal(parameter.grad.float(), before[name])
+    optimizer.release()  # once more changes nothing
+
+
+def test_the_packing_error_is_the_worst_parameter_s_distance(run, own, truth):
+    for probe, exact in zip(own, truth, strict=True):
+        error, name = oracle.packing_error(run, probe, torch.float64, exact)
+        assert 0 < error < 1e-12 and name in pooled({n: g.numel() for n, g in exact.items()})
     for factor, wanted in ((1.25, 0.2), (0.0, math.inf), (math.nan, math.nan)):
         first, *others = truth[0]
         wrong = truth[0] | {first: factor * truth[0][first], others[0]: 1.01 * truth[0][others[0]]}
-        error, name = packing_error(oracle.run, batches[0], oracle.exact, wrong)
+        error, name = oracle.packing_error(run, own[0], torch.float64, wrong)
         assert error == pytest.approx(wanted, rel=1e-9, nan_ok=True) and name == first
 
 
-@pytest.mark.parametrize("error", [math.nan, math.inf, 1e-3])
-def test_the_worker_answers_with_the_worst_batch(error, oracle, tmp_path, monkeypatch):
-    """Of the batches, the second is off; and where it is NaN, no number after it hides that."""
-    errors = iter([(1e-9, "first"), (error, "second"), (1e-6, "third")])
-    monkeypatch.setattr(worker, "packing_error", lambda *arguments: next(errors))
-    answer = oracle.oracle(3, str(tmp_path))
-    assert answer["packing_error_name"] == "second"
-    assert answer["packing_error"] == pytest.approx(error, nan_ok=True)
-    assert len(list(tmp_path.iterdir())) == 3
+def test_small_tensors_of_all_layers_are_one_error():
+    truth = {f"layers.{i}.A_log": torch.tensor([3.0 * i, 4.0 * i]) for i in range(3)}
+    off = truth | {"layers.0.A_log": torch.tensor([0.0, 1.0])}  # alone, infinitely far from zero
+    assert oracle.worst_error(off, truth) == (pytest.approx(1 / math.hypot(5, 10)), "layers.*.A_log")
+    assert oracle.worst_error(truth, truth) == (0.0, "")
 
 
-def test_only_fp64_switches_recomputation_off(oracle):
-    assert CONFIG.gradient_checkpointing and not oracle.run.model.is_gradient_checkpointing
-    wide = built(exact=True, config=dataclasses.replace(CONFIG, dtype="bfloat16"))
-    assert wide.exact is torch.float32 and wide.run.model.is_gradient_checkpointing
+def test_the_recurrence_is_the_delta_rule_by_hand():
+    """One token: o = beta v (k . q) / sqrt(K). Two of the same key: the second write replaces the first."""
+    q, k, v = (torch.randn(1, 1, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    beta, g = torch.full((1, 1, 1), 0.5, dtype=torch.float64), torch.full((1, 1, 1), -0.3, dtype=torch.float64)
+    overlap = torch.nn.functional.cosine_similarity(q, k, dim=-1)[..., None] / 2  # sqrt(4)
+    torch.testing.assert_close(recurrence(q, k, v, g, beta), 0.5 * overlap * v, rtol=1e-5, atol=0)
+    twice = [torch.cat([x, x], 1) for x in (q, k)]
+    values, ones = torch.cat([v, 3 * v], 1), torch.ones(1, 2, 1, dtype=torch.float64)
+    out = recurrence(*twice, values, torch.cat([g, g], 1), ones)
+    torch.testing.assert_close(out[:, 1:], 3 * overlap * v, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(
-    "leak",
-    [
-        planted.swap_modules(PackedDeltaNet, planted.stock_layer), planted.swap_modules(PackedDeltaNet, planted.StateLeak),
-        planted.swap_modules(PackedDeltaNet, planted.ConvLeak), planted.attention_across_documents,
-    ],
-    ids=["transformers' own layer", "state", "convolution", "attention"],
-)  # fmt: skip
-def test_a_leak_is_far_from_the_oracle(leak, batches, truth):
-    leaky = built()
-    leak(leaky.run)
-    assert min(distance(leaky, batch, exact) for batch, exact in zip(batches, truth, strict=True)) > LEAKS
+def test_the_chunked_delta_rule_is_the_recurrence_and_a_wrong_one_shows(run, own, monkeypatch):
+    batch = one_document(100, run.model.config.vocab_size, 0)  # more than a chunk
+    layers = [module for module in run.model.modules() if type(module) is PackedDeltaNet]
+    for each in (batch, own[0][0]):
+        error, _ = oracle.recurrence_error(run, each, torch.float64)
+        assert 0 < error < 1e-9
+    monkeypatch.setattr(oracle, "recurrence", lambda q, k, v, g, beta: recurrence(q, k, v, 1.01 * g, beta))
+    assert oracle.recurrence_error(run, batch, torch.float64)[0] > 1e-3
+    monkeypatch.setattr(oracle, "recurrence", None)
+    with pytest.raises(TypeError):
+        oracle.recurrence_error(run, batch, torch.float64)
+    assert layers and all(type(module) is PackedDeltaNet for module in layers)
+    assert oracle.recurrence_error(exact(model="qwen3-tiny"), batch, torch.float64) is None
 
 
-def test_a_bf16_model_is_raised_to_fp32_without_changing_a_value():
-    config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    low, high = Worker(io.StringIO()), built(exact=True, config=config)
-    low.build(to_plain(config), [])
-    assert make_exact(low.run) is high.exact is torch.float32
-    stays = {name: value for name, value in high.run.model.named_parameters() if ".lora_B." not in name}
-    again = dict(low.run.model.named_parameters())
-    assert all(value.dtype is torch.float32 and torch.equal(value, again[name]) for name, value in stays.items())
-    assert all(torch.equal(value, value.bfloat16().float()) for value in stays.values())
+@pytest.mark.parametrize("leak", ["state_leak:first:1", "conv_leak:first:1", "attention_leak:first:1"])
+def test_a_leak_is_far_from_the_oracle(leak, own, truth):
+    leaky, _ = tiny()
+    find(leak).apply(leaky)
+    assert distance(of_probe(leaky, own[0]), truth[0]) > LEAKS
 
 
-def test_a_parameter_without_gradient_is_an_error_not_a_zero(batches):
-    lacking = built(exact=True)
-    planted.adapters(planted.without_gradient_of_a, "0.mlp.down_proj")(lacking.run)
-    with pytest.raises(RuntimeError, match=r"no gradient for 1 parameters, first model\.layers\.0\.mlp\.down_proj\.lora_A"):
-        exact_gradients(lacking.run, batches[0], lacking.exact)
+def test_a_parameter_without_gradient_is_an_error_not_a_zero(own):
+    lacking = exact()
+    lacking.optimizer.parameters["spare.weight"] = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"no gradient for 1 parameters, first spare\.weight"):
+        exact_gradients(lacking, own[0], torch.float64)
 
 
-def test_unpacked_documents_are_rows_of_their_own(batches):
-    for batch in (*batches, tricky_batch(256, 2, 99, seed=0)):
+def test_unpacked_documents_are_rows_of_their_own(own):
+    for batch in (*(batch for probe in own for batch in probe), tricky_batch(256, 2, 99, seed=0)):
         starts = [0, *torch.tensor(batch.lengths).cumsum(0).tolist()]
         ids, labels = batch.input_ids.flatten(), batch.labels.flatten()
         wanted = [(ids[a:b].tolist(), labels[a:b].tolist()) for a, b in pairwise(starts) if (labels[a:b] != IGNORE).any()]
@@ -181,10 +236,9 @@ def test_unpacked_documents_are_rows_of_their_own(batches):
             assert length % CHUNK == 0 and set(rows.lengths) == {length}
             assert torch.equal(rows.position_ids, torch.arange(length).expand(len(rows.input_ids), -1))
             found += list(zip(rows.input_ids.tolist(), rows.labels.tolist(), strict=True))
-        assert len(found) == len(wanted)
-        for document, supervised in wanted:
-            padding = next(len(row) - len(document) for row, _ in found if row[: len(document)] == document)
-            assert (document + [0] * padding, supervised + [IGNORE] * padding) in found
+        padded = [-(-len(document) // CHUNK) * CHUNK - len(document) for document, _ in wanted]
+        rows = [(d + [0] * more, t + [IGNORE] * more) for (d, t), more in zip(wanted, padded, strict=True)]
+        assert sorted(found) == sorted(rows)
         assert sum(rows.supervised_tokens for rows in unpacked(batch)) == batch.supervised_tokens
 
 
@@ -203,13 +257,10 @@ def test_tf32_is_off_inside_and_as_it_was_after():
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
-        with pytest.raises(ZeroDivisionError), exact_arithmetic(torch.float32):
-            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
-            raise ZeroDivisionError
-        assert torch.backends.cuda.matmul.allow_tf32
+        for dtype in (torch.float32, torch.float64):
+            with pytest.raises(ZeroDivisionError), exact_arithmetic(dtype):
+                assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+                raise ZeroDivisionError
+            assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def test_every_dtype_has_a_wider_one():
-    assert all(torch.finfo(wide).bits > torch.finfo(narrow).bits for narrow, wide in EXACT_DTYPE.items())

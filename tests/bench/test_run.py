@@ -18,39 +18,52 @@ from types import SimpleNamespace
 import pytest
 
 from abtest.arm import ArmFailed
+from abtest.evidence import Evidence
 from abtest.experiment import Candidate
-from abtest.gate import Evidence
-from abtest.verdict import Level, Verdict
-from bench import records, run
+from abtest.in_process import InProcessExperiment
+from abtest.progress import GateProgress
+from abtest.verdict import PARTS, Check, Level, Verdict
+from bench import records, report, run
 from bench.ceilings import Ceilings
 from bench.plan import ArmPlan
-from bench.progress import BenchProgress
 from kernels.contract import Exactness
 from loop.cli import guarded
 from loop.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    "--device", "cpu", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3", "--timing.blocks", "2",
-    "--timing.micro-batches", "1", "--data.pack-length", "128",
+    "--device", "cpu", "--model", "qwen3-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3",
+    "--gate.repeats", "2", "--timing.blocks", "2", "--timing.micro-batches", "1", "--data.pack-length", "64", "--no-micro",
+    "--no-gradient-checkpointing", "--lora.rank", "4",
 ]  # fmt: skip
 # One thread: on a box shared with other work, two threads that wait for each other are many times slower.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 ARMS = ["stock", "stock_again", "static_lora", "silu_mul"]
 
 
-def command(*arguments: str, module: str = "bench.run", **options) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", module, *arguments]
+def words(*arguments: str, reports: Path) -> list[str]:
+    """The command; runs into one folder share what the oracle computed."""
+    kept = ("--reports", str(reports), "--gate.oracle-cache", str(reports.parent / "oracle"))
+    return [sys.executable, "-m", "bench.run", *arguments, *SMALL, *kept]
+
+
+def command(*arguments: str, reports: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False, **options
-    )
+        words(*arguments, reports=reports), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """One run with two optimizations, the one that is timed on a CPU and one that is not."""
     reports = tmp_path_factory.mktemp("bench") / "reports"
-    return reports, command("--arms", "static_lora", "silu_mul", *SMALL, "--reports", str(reports))
+    return reports, command("--arms", "static_lora", "silu_mul", reports=reports)
+
+
+def differing(reports: Path) -> list[str]:
+    """Rendered files that the records don't lead to."""
+    return report.differences(reports / "data", reports)
 
 
 def records_file(reports: Path) -> Path:
@@ -90,10 +103,14 @@ def test_records_hold_the_run(done):
     for record in kept:
         assert len(record.losses) == len(record.reference_losses) == len(record.noise_sigma) == 3
         assert record.recipe["gate"]["steps"] == 3 and record.recipe["dtype"] == "float32"
-        assert "reports" not in record.recipe and str(reports) not in json.dumps(record.data)
-        assert record.data["pack_length"] == 128 and record.environment["matmul_flops_per_s"] > 0
+        assert "reports" not in record.recipe and "oracle_cache" not in record.recipe["gate"]
+        assert str(reports.parent) not in json.dumps([record.data, record.recipe])
+        assert record.data["pack_length"] == 64 and record.environment["matmul_flops_per_s"] > 0
         assert record.environment["device_slug"] == records_file(reports).parent.name
         assert record.command.startswith("python -m bench.run --arms static_lora silu_mul")
+    assert [{check.part for check in record.verdict.checks} for record in kept[2:]] == [set(PARTS), set(PARTS) - {0}]
+    states = {check.state for check in kept[3].verdict.checks if check.part == 2}
+    assert states == {"step 0", "step 1, slow decay", "step 2", "overfit"}
     summary = {arm["arm"]: arm for arm in json.loads(process.stdout)["arms"]}
     assert kept[2].perf.ratio == summary["static_lora"]["ratio"] and kept[3].perf is None
     assert any("StaticLora" in path for path in kept[2].environment["paths"])
@@ -107,9 +124,9 @@ def test_reports_are_rendered_and_rendering_again_changes_nothing(done):
     assert set(shipping["enable"]) <= {"static_lora"}
     for name in ("README.md", "static_lora.md", "static_lora.png", "silu_mul.md", "overview.png"):
         assert (device / name).stat().st_size > 100
-    assert command("--reports", str(reports), "--check", module="bench.report").returncode == 0
+    assert differing(reports) == []
     before = {path: path.read_bytes() for path in reports.rglob("*") if path.is_file()}
-    assert command("--reports", str(reports), module="bench.report").returncode == 0
+    report.render(reports / "data", reports)
     assert {path: path.read_bytes() for path in reports.rglob("*") if path.is_file()} == before
 
 
@@ -136,10 +153,10 @@ def workers_of(group: int) -> list[int]:
 def running(done) -> Iterator[tuple[subprocess.Popen, Path]]:
     """A second run into the same folder, leader of its own process group, stopped once it gates static_lora."""
     reports, _ = done
-    words = [sys.executable, "-m", "bench.run", "--arms", "static_lora", *SMALL, "--reports", str(reports)]
     process = subprocess.Popen(
-        words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        words("--arms", "static_lora", reports=reports), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     yield process, reports
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -166,19 +183,16 @@ def test_ctrl_c_ends_it_cleanly_and_a_second_run_appends(running):
     kept = records.read(records_file(reports))
     assert [record.arm for record in kept] == [*ARMS, "stock", "stock_again"]
     assert len({record.run_id for record in kept}) == 2
-    assert command("--reports", str(reports), module="bench.report").returncode == 0
-
-
-def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
-    process = command("--arms", "nope", *SMALL, "--reports", str(tmp_path))
-    assert process.returncode == 2 and process.stdout == ""
-    (line,) = process.stderr.splitlines()
-    assert line.startswith("error: --arms nope: no such arm") and "static_lora" in line
+    report.render(reports / "data", reports)
+    assert differing(reports) == []
 
 
 MISTAKES = {
+    "unknown arm": (["--arms", "nope"], "--arms nope: no such arm"),
     "dropout": (["--lora.dropout", "0.1"], "lora.dropout must be 0"),
-    "steps": (["--gate.steps", "1"], "gate.steps is 1; it must be at least 2"),
+    "steps": (["--gate.steps", "2"], "gate.steps is 2; it must be at least 3"),
+    "replicas": (["--gate.replicas", "1"], "gate.replicas is 1; it must be at least 2"),
+    "repeats": (["--gate.repeats", "1"], "gate.repeats is 1; it must be at least 2"),
     "probes": (["--gate.probes", "2"], "gate.probes is 2; it must be at least 3"),
     "blocks": (["--timing.blocks", "1"], "timing.blocks is 1"),
     "an output folder": (["--output", "runs/x"], "--output and --resume are for python -m loop.train"),
@@ -192,6 +206,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_name_what_is_wrong(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "Experiment", InProcessExperiment)
     monkeypatch.setattr(sys, "argv", ["bench.run", "--arms", "static_lora", *SMALL, *arguments, "--reports", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         guarded(run.main)
@@ -227,14 +242,15 @@ def plan(name: str) -> ArmPlan:
 def bench(tmp_path) -> run.Bench:
     """A run whose experiment has a reference and no processes; its arms are candidates that passed."""
     evidence = Evidence({"data": {}, "paths": {}}, {"loss": [2.0, 1.0]})
+    verdict = Verdict(Level.ROUNDING, "close", (Check("scale error", 0.001, 0.003, True, "q", 2, "step 0"),))
     arm = contextlib.nullcontext(SimpleNamespace(spec=SimpleNamespace(name="fast")))
-    candidate = Candidate(arm, Verdict(Level.ROUNDING, "close"), evidence)
+    candidate = Candidate(arm, verdict, evidence)
     experiment = SimpleNamespace(
         reference=evidence, sigma=(0.1, 0.1), reference_arm=None, gate_arm=lambda spec, claim: candidate
     )
     facts = {"run_id": "r", "environment": {"device_slug": "box"}, "recipe": {}, "data": {}, "command": "c"}
     command = run.Command(reports=tmp_path, micro=False)
-    return run.Bench(command, BenchProgress(10), experiment, Ceilings(1.0, 1.0, 1, 1, "float32"), facts)
+    return run.Bench(command, GateProgress(10), experiment, Ceilings(1.0, 1.0, 1, 1, "float32"), facts)
 
 
 def ends(*given, **named):
@@ -249,6 +265,7 @@ def test_an_arm_whose_process_ends_is_a_failed_record_and_the_run_goes_on(bench)
     bench.arm(dataclasses.replace(plan("slow"), untimed="not here"))
     failed, passed = records.read(records_file(bench.command.reports))
     assert failed.verdict == Verdict(Level.FAILED, "the process of arm fast ended with code 1: out of paper")
+    assert [(check.part, check.state) for check in passed.verdict.checks] == [(2, "step 0")]
     assert passed.verdict.level is Level.ROUNDING and passed.untimed == "not here" and passed.losses == (2.0, 1.0)
 
 
