@@ -7,14 +7,17 @@ with itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
+from torch.nn.functional import linear
 
 from abtest import fingerprint as fp
 from abtest.structure import Finding
 from loop.batch import PackedBatch
 from loop.config import Config
+from loop.lora import Adapter, adapters
 from loop.run import Run
 from loop.training import accumulate
 
@@ -22,7 +25,9 @@ RATE = 0.25
 STEP, TOLERANCE = 2**-10, 0.01  # of the finite difference; honest runs are off by 0.0005 at most
 ADJOINT = 1e-4  # of |v| |J u|; rounding alone gives 1e-7
 LINEAR = 1e-2  # f(x + u) + f(x - u) - 2 f(x), of f(x + u) - f(x), for what counts as linear
-FILL = 0.1  # standard deviation of B, which starts at zero and would hide all that A does; at 0.2 the loss curves too much
+FILL = 0.5  # standard deviation of B times scaling and root of rank; B starts at zero and would hide all that A does, and
+# at twice this the loss curves too much for a finite difference
+MASKS, MEAN = 4, 0.1  # masks an adapter's mean is taken over, and how far it may be off: honest ones by 0.03 at most
 
 
 def dropout_config(config: Config) -> Config:
@@ -31,7 +36,7 @@ def dropout_config(config: Config) -> Config:
 
 
 def examine(run: Run, batch: PackedBatch, on_step: Callable[[int, int], None]) -> list[Finding]:
-    """Findings about a run that was built with `dropout_config`. Finite differences need fp32; a bf16 run goes without."""
+    """Findings about a run that was built with `dropout_config`. Derivatives need fp32; a bf16 run goes without."""
     _fill(run)
     first, again, other = (_losses_and_gradients(run, batch, seed) for seed in (1, 1, 2))
     torch.manual_seed(3)
@@ -42,6 +47,7 @@ def examine(run: Run, batch: PackedBatch, on_step: Callable[[int, int], None]) -
         Finding("dropout: every micro-step draws a new mask", one != next_one),
     ]
     on_step(1, 2)
+    found.append(adapters_mean(run, batch))
     if run.dtype == torch.float32:
         found += [_derivative(run, batch), adapters_adjoint(run, batch)]
     on_step(2, 2)
@@ -50,10 +56,11 @@ def examine(run: Run, batch: PackedBatch, on_step: Callable[[int, int], None]) -
 
 @torch.no_grad()
 def _fill(run: Run) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator, lora = torch.Generator().manual_seed(0), run.config.lora
+    size = FILL * math.sqrt(lora.rank) / (abs(lora.alpha) or 1.0)
     for name, parameter in run.optimizer.parameters.items():
         if ".lora_B." in name:
-            drawn = FILL * torch.randn(parameter.shape, generator=generator)
+            drawn = size * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(drawn)
 
 
@@ -88,6 +95,41 @@ def _derivative(run: Run, batch: PackedBatch) -> Finding:
     slope = (sides[0] - sides[1]) / (2 * STEP)
     error = abs(slope / float(norm) - 1)
     return Finding("dropout: backward uses forward's mask", error <= TOLERANCE, f"slope is off by {error:.2g}")
+
+
+def adapters_mean(run: Run, batch: PackedBatch) -> Finding:
+    """Each adapter that the model calls, by itself: over masks, what it adds is on average what it adds without any.
+
+    An arm is compared with itself alone where masks differ; this is what every implementation has in common.
+    """
+    shapes, worst, where = _called_adapters(run, batch), 0.0, ""
+    scaling = run.config.lora.alpha / run.config.lora.rank
+    for adapter in adapters(run.model):
+        if adapter.name in shapes:
+            share = _mean_share(adapter, scaling, shapes[adapter.name])
+            if share is not None and not abs(share - 1) <= worst:
+                worst, where = abs(share - 1), adapter.name
+    detail = f"{where} is off by {worst:.2g}" if where else ""
+    return Finding("dropout: on average nothing is lost", worst <= MEAN, detail)
+
+
+@torch.no_grad()
+def _mean_share(adapter: Adapter, scaling: float, shape: torch.Size) -> float | None:
+    """The projection of `f(x) - base(x)` on `scaling * B A x` for random x, over masks; None where f does more than project."""
+    generator = torch.Generator(adapter.a.device).manual_seed(7)
+    x = torch.randn(shape, generator=generator, device=adapter.a.device).to(adapter.a.dtype)
+
+    def forward(factor: float, seed: int = 0) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return adapter.module(factor * x).float()
+
+    base = linear(x, adapter.base.weight, adapter.base.bias).float()
+    once, twice, none = forward(1.0), forward(2.0), forward(0.0)
+    if once.shape != base.shape or float((twice + none - 2 * once).norm()) > LINEAR * float((once - none).norm()):
+        return None
+    whole = linear(linear(x, adapter.a), adapter.b).float() * scaling
+    shares = [((forward(1.0, seed) - base) * whole).sum() / whole.square().sum() for seed in range(MASKS)]
+    return float(torch.stack(shares).mean())
 
 
 def adapters_adjoint(run: Run, batch: PackedBatch) -> Finding:

@@ -54,8 +54,10 @@ def same_bits(one: Evidence, other: Evidence) -> str | None:
             if one.free_run[key][step] != other.free_run[key][step]:  # NaN differs from itself, and so never passes
                 return f"{key} of step {step}"
     for state in one.gradients.keys() & other.gradients.keys():
-        marks = zip(one.gradients[state]["fingerprints"], other.gradients[state]["fingerprints"], strict=True)
-        for probe, (a, b) in enumerate(marks):
+        marks, others = one.gradients[state]["fingerprints"], other.gradients[state]["fingerprints"]
+        if len(marks) != len(others):
+            return f"the number of probes at {state}"
+        for probe, (a, b) in enumerate(zip(marks, others, strict=True)):
             if a != b:
                 return f"gradients of probe {probe} at {state}"
     return None

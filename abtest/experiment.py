@@ -211,8 +211,7 @@ class Experiment:
 
     def repeat_verdict(self) -> Verdict:
         """The reference against itself in a second process; anything but BITWISE makes every comparison worthless."""
-        bare = Evidence(self.reference.build, self.reference.free_run)
-        return gate.judge(Exactness.BITWISE, bare, None, self.repeat, (), self.sigma, {})
+        return gate.repeats(self.reference, self.repeat)
 
     def gate_arm(self, spec: ArmSpec, claim: Exactness, traced: bool = False) -> Candidate:
         """Builds and runs an arm in a fresh process and judges it. The caller ends the arm. Raises ArmFailed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from loop.files import write_safetensors
 from loop.run import Run
 from loop.training import accumulate
 
-KEYS = ("loss", "gradients", "state", "rng", "lr", "batch", "supervised")
+KEYS = ("loss", "gradients", "state", "rng", "lr", "batch", "supervised", "moved", "rested")
+SAMPLE = 4096  # elements of a tensor, evenly spread, by which its update is measured
 
 
 def step_batches(run: Run, dataset: Dataset, step: int) -> list[PackedBatch]:
@@ -39,7 +41,8 @@ def free_run(
 
     resync: before these steps the optimizer takes the state in the file, the reference's. With `kick_seed` the run is a
     replica for the noise floor: kicked at the start and after every resync, and only its losses are asked for. "still"
-    names what no step moved; what a resync moves doesn't count.
+    names what no step moved; what a resync moves doesn't count. "moved" is the length of each step's update, "rested" names
+    what it left alone, both by `SAMPLE` elements of every tensor: a resync would hide an update that never came.
     """
     out: dict[str, Any] = {key: [] for key in KEYS}
     start, still = _marks(run), set(run.optimizer.masters)
@@ -77,14 +80,32 @@ def _step(run: Run, batches: list[PackedBatch], step: int, out: dict[str, list],
     sums = accumulate(run, batches, supervised)
     if fingerprints:
         out["gradients"].append(fp.fingerprint(run.optimizer.gradients()))
+    before = _sampled(run)
     lr, _ = run.optimizer.step(step)
     if fingerprints:
+        moved, rested = _update_size(before, _sampled(run))
+        out["moved"].append(moved)
+        out["rested"].append(rested)
         out["state"].append(fp.fingerprint(run.optimizer.state()))
         out["rng"].append(fp.rng_fingerprint(run.device))
         out["batch"].append(fp.batch_fingerprint(batches))
     out["loss"].append(sum(sums) / max(supervised, 1))
     out["lr"].append(lr)
     out["supervised"].append(supervised)
+
+
+def _sampled(run: Run) -> dict[str, torch.Tensor]:
+    """Copies of up to `SAMPLE` elements of every master."""
+    masters = run.optimizer.masters.items()
+    return {name: m.detach().reshape(-1)[:: max(m.numel() // SAMPLE, 1)].clone() for name, m in masters}
+
+
+def _update_size(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> tuple[float, list[str]]:
+    """The length of an update, and the tensors that it left alone."""
+    if not before:
+        return 0.0, []
+    squares = torch.stack([(after[name] - value).double().square().sum() for name, value in before.items()]).tolist()
+    return math.sqrt(sum(squares)), [name for name, square in zip(before, squares, strict=True) if square == 0]
 
 
 def save_state(run: Run, path: Path) -> None:

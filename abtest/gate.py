@@ -19,10 +19,12 @@ from abtest.limits import (
     LOSS_SIGMA,
     LOSS_SUM_SIGMA,
     RHO,
+    RHO_FEW,
     RHO_OVERFIT,
     ROW,
+    STEP_SIZE,
 )
-from abtest.preflight import preflight
+from abtest.preflight import incomplete, preflight, same_inputs
 from abtest.states import OVERFIT
 from abtest.verdict import Check, Level, Verdict
 from kernels.contract import Exactness
@@ -36,6 +38,20 @@ def loss_checks(reference: Sequence[float], candidate: Sequence[float], sigma: S
     return [
         Check("loss, worst step (sigma)", abs(z[worst]), LOSS_SIGMA, abs(z[worst]) <= LOSS_SIGMA, f"step {worst}", 4),
         Check("loss, sum over steps (sigma)", drift, LOSS_SUM_SIGMA, drift <= LOSS_SUM_SIGMA, "", 4),
+    ]
+
+
+def step_checks(reference: Evidence, candidate: Evidence) -> list[Check]:
+    """Every step's update beside the reference's: its length, and that it reached every tensor. Where arms are resynced, a
+    step that never came leaves no other trace."""
+    sides = list(zip(reference.free_run["moved"], candidate.free_run["moved"], strict=True))
+    off = [abs(other / own - 1) if own > 0 else (0.0 if other == own else math.inf) for own, other in sides]
+    worst = max(range(len(off)), key=lambda step: math.inf if math.isnan(off[step]) else off[step])
+    rested = zip(reference.free_run["rested"], candidate.free_run["rested"], strict=True)
+    left = [f"{name} at step {step}" for step, (own, other) in enumerate(rested) for name in sorted({*other} - {*own})]
+    return [
+        Check("update size, worst step", off[worst], STEP_SIZE, off[worst] <= STEP_SIZE, f"step {worst}", 4),
+        Check("every step moves every tensor", None, None, not left, left[0] if left else "", 4),
     ]
 
 
@@ -56,6 +72,10 @@ def gradient_checks(state: str, c: Comparison) -> list[Check]:
         Check(f"{prefix}gradient error ratio, worst parameter", c.rho, rho, c.rho <= rho, c.rho_name, 2, state),
         Check(f"{prefix}gradient error ratio, geometric mean", c.geomean, geomean, c.geomean <= geomean, "", 2, state),
     ]
+    if c.few_name:
+        limit = max(rho, RHO_FEW)
+        name = f"{prefix}gradient error ratio, worst small tensor"
+        checks.append(Check(name, c.few, limit, c.few <= limit, c.few_name, 2, state))
     if not overfit:
         checks.append(Check("gradient error ratio, worst row", c.row, ROW, c.row <= ROW, c.row_name, 2, state))
         checks.append(Check("gradient scale error", c.alpha, ALPHA, c.alpha <= ALPHA, c.alpha_name, 2, state))
@@ -65,8 +85,6 @@ def gradient_checks(state: str, c: Comparison) -> list[Check]:
 def update_checks(candidate: Evidence) -> list[Check]:
     """One optimizer update of given weights, moments and gradients beside fp64 AdamW."""
     update = candidate.update
-    if update is None:
-        return []
     problems, error, limit = update["problems"], update["error"], update["limit"]
     return [
         Check("update beside fp64 AdamW", error, limit, error <= limit, update["name"], 3),
@@ -87,12 +105,17 @@ def judge(
     sigma: Sequence[float],
     compared: dict[str, Comparison],
 ) -> Verdict:
-    """The level an arm reached, with every check and the number that decided."""
-    checks = preflight(reference, repeat, candidate, wanted, compared)
-    numeric = loss_checks(reference.losses, candidate.losses, sigma) if _same_length(reference, candidate) else []
+    """The level an arm reached, with every check and the number that decided. What was not measured is INVALID."""
+    lacking = incomplete(reference, candidate, wanted, sigma, compared)
+    if not lacking.passed:
+        return Verdict(Level.INVALID, f"{lacking.name}: no{_because(lacking)}", (lacking,))
+    checks = [lacking, *preflight(reference, repeat, candidate, wanted, compared)]
+    numeric = loss_checks(reference.losses, candidate.losses, sigma)
+    moved, reached = step_checks(reference, candidate)
+    numeric.append(moved)
     for state, comparison in compared.items():
         numeric += gradient_checks(state, comparison)
-    exact = structure_checks(candidate) + update_checks(candidate)
+    exact = [reached, *structure_checks(candidate), *update_checks(candidate)]
     every = tuple(checks + numeric + exact)
     broken = next((check for check in checks if not check.passed), None)
     if broken is not None:
@@ -112,15 +135,22 @@ def judge(
     return Verdict(Level.FAILED if failed else Level.ROUNDING, _closest(numeric), every)
 
 
+def repeats(reference: Evidence, repeat: Evidence) -> Verdict:
+    """The reference's free run beside its own in a second process: anything but BITWISE makes every comparison worthless."""
+    difference = same_bits(reference, repeat)
+    found = Check("bits of every step", None, None, difference is None, difference or "")
+    checks = (*same_inputs(reference, repeat), found)
+    broken = next((check for check in checks if not check.passed), None)
+    if broken is not None:
+        return Verdict(Level.INVALID, f"{broken.name}: no{_because(broken)}", checks)
+    return _bitwise(Exactness.BITWISE, len(reference.losses), checks)
+
+
 def _bitwise(claim: Exactness, steps: int, checks: tuple[Check, ...]) -> Verdict:
     same = f"losses, gradients, weights and moments have the same bits at all {steps} steps"
     if claim is Exactness.APPROX:
         return Verdict(Level.APPROX, f"another function by its author's word; {same}", checks)
     return Verdict(Level.BITWISE, same, checks)
-
-
-def _same_length(reference: Evidence, candidate: Evidence) -> bool:
-    return len(reference.losses) == len(candidate.losses)  # if not, preflight has said so
 
 
 def _closest(numeric: list[Check]) -> str:

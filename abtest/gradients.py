@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 
-from abtest.limits import ROW_FLOOR
+from abtest.limits import ALPHA_T, ROW_FLOOR
 
 SMALL = 64  # tensors with fewer elements are pooled across layers
+FAINT = 1e-8  # of the mean |g*|^2: a batch with less is compared with so much, or it would outweigh every other
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Distances:
 
 def _mismatch(gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor]) -> list[str]:
     problems = [f"{name}: in the candidate only" for name in gradients if name not in truth]
-    spans: list[tuple[int, int, str]] = []
+    whole: list[tuple[str, torch.Tensor]] = []
     for name, exact in truth.items():
         gradient = gradients.get(name)
         if gradient is None:
@@ -57,21 +57,49 @@ def _mismatch(gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, 
         elif gradient.shape != exact.shape:
             problems.append(f"{name}: gradient of shape {list(gradient.shape)}, expected {list(exact.shape)}")
         elif gradient.numel():
-            spans.append((gradient.data_ptr(), gradient.data_ptr() + gradient.nbytes, name))
-    spans.sort()
-    for (_, end, one), (start, _, other) in pairwise(spans):
-        if start < end:
-            problems.append(f"{other}: shares memory with the gradient of {one}")
+            whole.append((name, gradient))
+    return problems + _aliased(whole)
+
+
+def _aliased(named: list[tuple[str, torch.Tensor]]) -> list[str]:
+    """Gradients that share memory with one before them; views that merely take turns in it, such as columns, do not."""
+    problems, open_spans = [], []
+    for name, gradient in sorted(named, key=lambda pair: pair[1].data_ptr()):
+        start = gradient.data_ptr()
+        open_spans = [(end, other, tensor) for end, other, tensor in open_spans if start < end]
+        for _, other, tensor in open_spans:
+            if _overlap(tensor, gradient):
+                problems.append(f"{name}: shares memory with the gradient of {other}")
+                break
+        open_spans.append((start + _extent(gradient) * gradient.element_size(), name, gradient))
     return problems
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """How many elements lie between a tensor's first and its last, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors, whose spans of memory overlap and of which `one` begins first, have a byte in common."""
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    ahead, uneven = divmod(other.data_ptr() - one.data_ptr(), one.element_size())
+    if uneven or one.dtype != other.dtype:
+        return True  # no two gradients that take turns look like that
+    taken = torch.zeros(max(_extent(one), ahead + _extent(other)), dtype=torch.bool)
+    taken.as_strided(one.shape, one.stride()).fill_(True)
+    return bool(taken.as_strided(other.shape, other.stride(), ahead).any())
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A candidate's gradient errors beside the reference's, over the probe batches of one state.
 
-    rho: error ratio of the worst parameter; geomean over parameters; row: error ratio of the worst row;
-    alpha: largest significant difference of the projection on the oracle; reference_error: the reference's relative
-    error, root mean square over batches, median over parameters.
+    rho: error ratio of the worst parameter; few: of the worst one that has less than `SMALL` elements in all layers
+    together; geomean over parameters; row: error ratio of the worst row; alpha: largest significant difference of the
+    projection on the oracle, of those that lead away from it; reference_error: the reference's relative error, root mean
+    square over batches, median over parameters.
     share: of the parameters, how many have an oracle gradient that is not zero; the others can show nothing.
     """
 
@@ -84,6 +112,8 @@ class Comparison:
     alpha_name: str
     reference_error: float
     share: float
+    few: float = 1.0
+    few_name: str = ""
 
 
 def pooled(sizes: Mapping[str, int]) -> dict[str, list[str]]:
@@ -99,18 +129,19 @@ def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]
     groups = pooled({name: sizes[name] for name in reference.error})
     ratios, errors = {}, []
     for key, names in groups.items():
-        if not any(sum(reference.norm[n]) for n in names):
-            if any(sum(candidate.error[n]) for n in names) and not any(sum(reference.error[n]) for n in names):
-                ratios[key] = math.inf  # a gradient where the truth and the reference have none
+        own, other, norms = (_per_batch(part, names) for part in (reference.error, candidate.error, reference.norm))
+        if not any(norms + own + other):
             continue  # exactly zero, such as A's while B is zero
-        e_reference, e_candidate = _error(reference, names), _error(candidate, names)
-        errors.append(e_reference / math.sqrt(len(reference.error[names[0]])))
-        ratios[key] = _ratio(e_candidate, e_reference)
-    alphas = {key: _alpha(reference, candidate, names) for key, names in groups.items() if key in ratios}
+        if any(norms):
+            errors.append(math.sqrt(_relative(own, norms) / len(norms)))
+        ratios[key] = _ratio(own, other, norms)
+    alphas = {key: _alpha(reference, candidate, groups[key]) for key in ratios}
     rows = {name: _worst_row(reference.rows[name], candidate.rows[name]) for name in reference.rows}
-    rho_name, alpha_name, row_name = _worst(ratios), _worst(alphas), _worst(rows)
+    few = {key: ratio for key, ratio in ratios.items() if sum(sizes[name] for name in groups[key]) < SMALL}
+    many = {key: ratio for key, ratio in ratios.items() if key not in few}
+    rho_name, few_name, alpha_name, row_name = (_worst(values) for values in (many, few, alphas, rows))
     return Comparison(
-        rho=ratios.get(rho_name, 1.0),
+        rho=many.get(rho_name, 1.0),
         rho_name=rho_name,
         geomean=math.exp(sum(math.log(max(r, 1e-30)) for r in ratios.values()) / max(len(ratios), 1)),
         row=rows.get(row_name, 1.0),
@@ -118,7 +149,9 @@ def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]
         alpha=alphas.get(alpha_name, 0.0),
         alpha_name=alpha_name,
         reference_error=sorted(errors)[len(errors) // 2] if errors else 0.0,
-        share=len(ratios) / max(len(groups), 1),
+        share=len(errors) / max(len(groups), 1),
+        few=few.get(few_name, 1.0),
+        few_name=few_name,
     )
 
 
@@ -126,37 +159,42 @@ def _worst(values: Mapping[str, float]) -> str:
     return max(values, key=lambda key: math.inf if math.isnan(values[key]) else values[key], default="")
 
 
-def _error(side: Distances, names: list[str]) -> float:
-    """e_p: relative error, pooled over probe batches; any error where the oracle's gradient is zero is infinite."""
-    batches = len(side.error[names[0]])
-    total = 0.0
-    for batch in range(batches):
-        norm, error = (sum(part[name][batch] for name in names) for part in (side.norm, side.error))
-        if error != 0:
-            total += error / norm if norm > 0 else math.inf
-    return math.sqrt(total)
+def _per_batch(part: Mapping[str, list[float]], names: list[str]) -> list[float]:
+    return [math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+            for values in zip(*(part[name] for name in names), strict=True)]  # fmt: skip
 
 
-def _ratio(candidate: float, reference: float) -> float:
-    if candidate == reference:
+def _relative(error: list[float], norm: list[float]) -> float:
+    """e_p^2: squared relative errors, summed over probe batches. A batch in which the oracle's gradient is nothing, or next
+    to it, is set beside the mean of the others."""
+    typical = math.fsum(norm) / max(sum(n > 0 for n in norm), 1) or 1.0
+    return sum(e / max(n, typical * (FAINT if n > 0 else 1.0)) for e, n in zip(error, norm, strict=True) if e != 0)
+
+
+def _ratio(reference: list[float], candidate: list[float], norm: list[float]) -> float:
+    """rho_p. Infinite for any error in a batch where truth and reference have no gradient at all."""
+    if reference == candidate:
         return 1.0
-    return candidate / reference if reference > 0 else math.inf
+    if any(n == 0 and own == 0 and other != 0 for own, other, n in zip(reference, candidate, norm, strict=True)):
+        return math.inf
+    own, other = _relative(reference, norm), _relative(candidate, norm)
+    return math.sqrt(other / own) if own > 0 else math.inf
 
 
 def _alpha(reference: Distances, candidate: Distances, names: list[str]) -> float:
-    """|mean difference of <g, g*> / |g*|^2| between the arms where it is significant (paired t > 5), else 0."""
-    differences = []
-    for batch in range(len(reference.error[names[0]])):
-        norm = sum(reference.norm[name][batch] for name in names)
-        if norm > 0:
-            differences.append(sum(candidate.dot[n][batch] - reference.dot[n][batch] for n in names) / norm)
-    if len(differences) < 3:
+    """|mean difference of <g, g*> / |g*|^2| between the arms where it is significant, paired over batches, else 0. And 0
+    where the candidate's own projection is the nearer one to 1: a step that rounds less is no error."""
+    norms, own, other = (_per_batch(part, names) for part in (reference.norm, reference.dot, candidate.dot))
+    pairs = [(a / n, b / n) for a, b, n in zip(own, other, norms, strict=True) if n > 0]
+    if len(pairs) < 3:
         return 0.0
-    values = torch.tensor(differences, dtype=torch.float64)
-    mean, spread = float(values.mean()), float(values.std()) / math.sqrt(len(differences))
+    values = torch.tensor(pairs, dtype=torch.float64)
+    differences = values[:, 1] - values[:, 0]
+    mean, spread = float(differences.mean()), float(differences.std()) / math.sqrt(len(pairs))
     if math.isnan(mean):
         return math.nan
-    return abs(mean) if abs(mean) > 5 * spread else 0.0
+    one, two = ((values.mean(0) - 1).abs()).tolist()
+    return abs(mean) if abs(mean) > ALPHA_T * spread and two > one else 0.0
 
 
 def _worst_row(reference: torch.Tensor, candidate: torch.Tensor) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # 2, gradients beside an oracle: the candidate's error over the reference's, pooled over the probes of a state.
 RHO = 1.5  # the worst parameter
+RHO_FEW = 3.0  # the worst one with less than 64 elements in all layers together: a dozen numbers leave much to luck
 GEOMEAN = 1.15  # the geometric mean over parameters
 ROW = 6.0  # the worst row of any parameter
 ROW_FLOOR = 0.3  # a row's error counts as at least so much of the mean row's; a tenth flagged FLA on rows without a gradient
@@ -23,6 +24,7 @@ RATE = 1e-6  # relative error of the learning rate, which is double arithmetic
 
 # 4, loss of the free run in units of the noise floor.
 LOSS_SIGMA, LOSS_SUM_SIGMA = 6.0, 4.0
+STEP_SIZE = 0.1  # length of a step's update beside the reference's, relative
 FP32_ULP = 2.0**-23  # of a loss, relative: below it no difference can be told from rounding the loss itself
 
 # 1, what the comparison itself needs.

@@ -20,20 +20,53 @@ def preflight(
     if repeat is not None:
         difference = same_bits(reference, repeat)
         checks.append(_check("the reference repeats itself bitwise", difference is None, difference or ""))
-    checks += _same_inputs(reference, candidate) + _switched_on(candidate, wanted)
+    checks += same_inputs(reference, candidate) + _switched_on(candidate, wanted)
     checks += _gradients_complete(reference, candidate)
     checks += _reference_right(reference, compared)
     checks += _moving(reference, candidate)
-    if wanted and reference.work is not None and candidate.work is not None:
+    if wanted:
         checks += _ran(reference, candidate)
     return checks
+
+
+PER_STEP = ("loss", "gradients", "state", "rng", "lr", "batch", "supervised", "moved", "rested")
+
+
+def incomplete(
+    reference: Evidence, candidate: Evidence, wanted: Sequence[str], sigma: Sequence[float], compared: dict[str, Comparison]
+) -> Check:
+    """Whether everything was measured that a verdict rests on; `detail` names the first thing that was not."""
+    lacking = [f"{side}: {what}" for side, arm in (("reference", reference), ("candidate", candidate)) for what in _lacks(arm)]
+    steps = len(reference.free_run.get("loss", ()))
+    if len(candidate.free_run.get("loss", ())) != steps:
+        lacking.append(f"candidate: {len(candidate.free_run['loss'])} steps instead of {steps}")
+    if len(sigma) != steps:
+        lacking.append(f"noise floor: {len(sigma)} steps instead of {steps}")
+    for state, own in reference.gradients.items():
+        lacking += [f"reference: no {key} at {state}" for key in ("packing_error", "recurrence_error") if key not in own]
+        answer = candidate.gradients.get(state)
+        if state not in compared and answer is not None and not (answer["problems"] or own["problems"]):
+            lacking.append(f"gradients not compared at {state}")
+        if answer is not None and len(answer["fingerprints"]) != len(own["fingerprints"]):
+            lacking.append(f"candidate: {len(answer['fingerprints'])} probes at {state} instead of {len(own['fingerprints'])}")
+    if wanted and candidate.tripwire is None:
+        lacking.append("candidate: no tripwire")
+    return _check("everything was measured", not lacking, lacking[0] if lacking else "")
+
+
+def _lacks(arm: Evidence) -> list[str]:
+    steps = len(arm.free_run.get("loss", ()))
+    lacks = [f"no {key} of every step" for key in PER_STEP if not steps or len(arm.free_run.get(key, ())) != steps]
+    parts = {"gradients": arm.gradients, "findings": arm.findings, "update": arm.update, "census": arm.work}
+    return lacks + [f"no {name}" for name, part in parts.items() if not part]
 
 
 def _check(name: str, passed: bool, detail: str = "", state: str = "", value=None, limit=None) -> Check:
     return Check(name, value, limit, passed, detail, 1, state)
 
 
-def _same_inputs(reference: Evidence, candidate: Evidence) -> list[Check]:
+def same_inputs(reference: Evidence, candidate: Evidence) -> list[Check]:
+    """Both arms saw the same weights, data, batches, rates and seed."""
     sides = (
         ("initial weights", reference.build["weights"], candidate.build["weights"]),
         ("frozen weights", reference.build["frozen"], candidate.build["frozen"]),
@@ -90,10 +123,8 @@ def _reference_right(reference: Evidence, compared: dict[str, Comparison]) -> li
     for finding in reference.findings:
         if not finding["passed"]:
             checks.append(_check(f"reference: {finding['name']}", False, finding["detail"]))
-    if reference.update is not None:
-        wrong = reference.update["problems"] or not reference.update["error"] <= reference.update["limit"]
-        checks.append(_check("the reference's update is right", not wrong, reference.update["name"]))
-    return checks
+    wrong = reference.update["problems"] or not reference.update["error"] <= reference.update["limit"]
+    return [*checks, _check("the reference's update is right", not wrong, reference.update["name"])]
 
 
 def _moving(reference: Evidence, candidate: Evidence) -> list[Check]:
@@ -118,6 +149,4 @@ def _ran(reference: Evidence, candidate: Evidence) -> list[Check]:
             )
         )
     wire = candidate.tripwire
-    if wire is not None:
-        checks.append(_check("the tripwire turns the gate red", wire["red"], wire["detail"]))
-    return checks
+    return [*checks, _check("the tripwire turns the gate red", wire["red"], wire["detail"])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import tiny, tricky
@@ -17,18 +19,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MASK, ADJOINT = "dropout: backward uses forward's mask", "dropout: each adapter's backward is the adjoint of its forward"
 
 
-def with_dropout() -> Run:
-    return tiny(lora=dropout.dropout_config(tiny()[0].config).lora)[0]
+def with_dropout(**lora) -> Run:
+    config = dropout.dropout_config(tiny()[0].config)
+    return tiny(lora=dataclasses.replace(config.lora, **lora))[0]
 
 
 def failures(run: Run) -> dict[str, str]:
     found = dropout.examine(run, tricky(run, 1), lambda done, total: None)
-    assert len(found) == 5
+    assert len(found) == 6
     return {finding.name: finding.detail for finding in found if not finding.passed}
 
 
-def test_the_reference_passes() -> None:
-    assert failures(with_dropout()) == {}
+@pytest.mark.parametrize(("rank", "alpha"), [(8, 16.0), (4, 64.0), (16, 1.0), (64, 64.0), (2, 4.0)])
+def test_the_reference_passes(rank: int, alpha: float) -> None:
+    assert failures(with_dropout(rank=rank, alpha=alpha)) == {}
 
 
 def test_a_rewrite_passes() -> None:
@@ -82,6 +86,19 @@ def test_a_module_that_is_not_linear_is_left_to_the_slope() -> None:
     name = next(adapters(run.model)).name
     override(run.model, name, "forward", lambda original: lambda x: original(x).tanh())
     assert ADJOINT not in failures(run)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_one_adapter_that_does_not_make_up_for_what_it_drops_is_named(number: int) -> None:
+    run = with_dropout()
+    adapter = list(adapters(run.model))[number]
+
+    def forward(x: Tensor) -> Tensor:
+        kept = x * (torch.rand_like(x) >= dropout.RATE)
+        return adapter.base(x) + nn.functional.linear(nn.functional.linear(kept, adapter.a), adapter.b) * adapter.scaling
+
+    override(run.model, adapter.name, "forward", lambda original: forward)
+    assert adapter.name in failures(run)["dropout: on average nothing is lost"]
 
 
 def test_every_adapter_is_asked() -> None:

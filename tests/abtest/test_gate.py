@@ -20,10 +20,11 @@ from kernels.contract import Exactness
 STEPS, NAME = 3, "faster"
 STATES = ("step 0", "step 2", OVERFIT)
 SIGMA = (0.25,) * STEPS
-CLOSE = Comparison(1.01, "p", 1.0, 1.5, "p", 0.0, "p", 0.01, 1.0)
+CLOSE = Comparison(1.01, "p", 1.0, 1.5, "p", 0.0, "p", 0.01, 1.0, 1.2, "*.q")
 AT_LIMITS = Comparison(
-    limits.RHO, "p", limits.GEOMEAN, limits.ROW, "p", limits.ALPHA, "p", limits.REFERENCE_ERROR, limits.SHARE
-)
+    limits.RHO, "p", limits.GEOMEAN, limits.ROW, "p", limits.ALPHA, "p", limits.REFERENCE_ERROR, limits.SHARE,
+    limits.RHO_FEW, "*.q",
+)  # fmt: skip
 AT_LIMITS_OVERFIT = dataclasses.replace(AT_LIMITS, rho=limits.RHO_OVERFIT, geomean=limits.GEOMEAN_OVERFIT)
 
 
@@ -36,7 +37,7 @@ def evidence() -> Evidence:
     free_run = {
         "loss": [8.0, 7.5, 7.0], "gradients": ["g0", "g1", "g2"], "state": ["s0", "s1", "s2"], "rng": ["r"] * STEPS,
         "lr": [0.1, 0.2, 0.1], "batch": ["b0", "b1", "b2"], "supervised": [5, 7, 6],
-        "still": [], "replays": 0, "micro_steps": 6,
+        "moved": [0.1, 0.2, 0.1], "rested": [["q"], [], []], "still": [], "replays": 0, "micro_steps": 6,
     }  # fmt: skip
     probed = {
         "problems": [], "elements": 300, "fingerprints": ["f0", "f1"], "packing_error": 1e-6, "packing_error_name": "q",
@@ -107,7 +108,7 @@ def test_the_reference_s_bits_are_bitwise(claim, candidate):
 def test_a_candidate_inside_the_noise_is_rounding_by_all_five_parts():
     result = verdict(rounded())
     assert result.level is Level.ROUNDING and not failing(result)
-    assert [check.part for check in result.checks if check.part != 1] == [4, 4] + [2] * (4 + 4 + 2) + [5, 3, 3]
+    assert [check.part for check in result.checks if check.part != 1] == [4, 4, 4] + [2] * (5 + 5 + 3) + [4, 5, 3, 3]
     assert {check.state for check in result.checks if check.part == 2} == set(STATES)
     assert {check.state for check in result.checks if check.part in (3, 4, 5)} == {""}
 
@@ -123,8 +124,8 @@ def test_exactly_at_every_limit_passes():
     result = verdict(candidate, reference=reference, compared=compared)
     assert result.level is Level.ROUNDING, result.reason
     at_limit = [check for check in result.checks if check.limit and check.value == check.limit]
-    # One of the loss and one of the update; eight at each of two states, and five at the overfit one.
-    assert len(at_limit) == 2 + 2 * 8 + 5
+    # One of the loss and one of the update; nine at each of two states, and six at the overfit one.
+    assert len(at_limit) == 2 + 2 * 9 + 6
 
 
 PREFLIGHT = {
@@ -158,6 +159,59 @@ def test_a_failed_preflight_is_invalid(change, words, claim, start):
     assert all(check.part == 1 for check in result.checks if not check.passed)
 
 
+MISSING = {  # what was not measured, of either arm
+    "no losses": (put("free_run", "loss", []), "no loss of every step"),
+    "a step less": (put("free_run", "state", ["s0", "s1"]), "no state of every step"),
+    "no update sizes": (lambda arm: arm.free_run.pop("moved"), "no moved of every step"),
+    "no gradients": (lambda arm: arm.gradients.clear(), "no gradients"),
+    "no findings": (lambda arm: arm.findings.clear(), "no findings"),
+    "no update": (lambda arm: arm.update.clear(), "no update"),
+    "no census": (lambda arm: arm.work.clear(), "no census"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), MISSING.values(), ids=MISSING)
+@pytest.mark.parametrize("side", ["candidate", "reference"])
+@pytest.mark.parametrize("start", [same, rounded], ids=["same bits", "other bits"])
+def test_what_was_not_measured_is_invalid(change, words, side, start):
+    arms = {"candidate": start(), "reference": evidence()}
+    change(arms[side])
+    compared = dict.fromkeys(STATES, CLOSE)
+    result = verdict(arms["candidate"], reference=arms["reference"], compared=compared)
+    assert (result.level, result.reason) == (Level.INVALID, f"everything was measured: no ({side}: {words})")
+
+
+def test_a_comparison_a_noise_floor_or_a_tripwire_that_lacks_is_invalid():
+    for changes, words in (
+        ({"compared": {}}, "gradients not compared at step 0"),
+        ({"compared": dict.fromkeys(STATES[:2], CLOSE)}, f"gradients not compared at {OVERFIT}"),
+        ({"sigma": SIGMA[:2]}, "noise floor: 2 steps instead of 3"),
+    ):
+        result = verdict(rounded(), **changes)
+        assert (result.level, result.reason) == (Level.INVALID, f"everything was measured: no ({words})")
+    bare = dataclasses.replace(same(), tripwire=None)
+    assert verdict(bare).reason == "everything was measured: no (candidate: no tripwire)"
+    swapped = verdict(evidence(), reference=same(lambda arm: [own.pop("packing_error") for own in arm.gradients.values()]))
+    assert swapped.level is Level.INVALID and "reference: no packing_error at step 0" in swapped.reason
+    fewer = same(lambda arm: arm.gradients[OVERFIT].update(fingerprints=["f0"]))
+    assert verdict(fewer).reason == f"everything was measured: no (candidate: 1 probes at {OVERFIT} instead of 2)"
+    assert same_bits(evidence(), fewer) == f"the number of probes at {OVERFIT}"
+
+
+STEPPED = {
+    "an update too long": (put("free_run", "moved", [0.1, 0.2, 0.12]), "update size, worst step", "step 2"),
+    "an update that never came": (put("free_run", "moved", [0.1, 0.0, 0.1]), "update size, worst step", "step 1"),
+    "an update that is no number": (put("free_run", "moved", [0.1, math.nan, 0.1]), "update size, worst step", "step 1"),
+    "a tensor left alone": (put("free_run", "rested", [["q"], ["q"], []]), "every step moves every tensor", "q at step 1"),
+}
+
+
+@pytest.mark.parametrize(("change", "check", "detail"), STEPPED.values(), ids=STEPPED)
+def test_every_step_updates_as_the_reference_does(change, check, detail):
+    result = verdict(rounded(change))
+    assert result.level is Level.FAILED and failing(result) == [check] and detail in result.reason
+
+
 def test_a_reference_that_does_not_repeat_itself_is_invalid():
     result = verdict(same(), repeat=rounded())
     assert (result.level, result.reason) == (Level.INVALID, "the reference repeats itself bitwise: no (gradients of step 0)")
@@ -177,9 +231,9 @@ def test_a_reference_far_from_the_oracle_or_equal_to_it_is_invalid(error):
     far = dataclasses.replace(CLOSE, reference_error=error)
     result = verdict(rounded(), comparison=far)
     assert result.level is Level.INVALID and result.reason.startswith("reference close to the oracle at step 0: no, ")
-    assert verdict(rounded(), compared={"step 0": CLOSE, OVERFIT: far}).level is Level.ROUNDING  # mostly rounding there
+    assert verdict(rounded(), compared=dict.fromkeys(STATES[:2], CLOSE) | {OVERFIT: far}).level is Level.ROUNDING  # mostly rounding there
     silent = dataclasses.replace(CLOSE, share=math.nextafter(limits.SHARE, 0))
-    result = verdict(rounded(), compared={OVERFIT: silent})
+    result = verdict(rounded(), compared=dict.fromkeys(STATES[:2], CLOSE) | {OVERFIT: silent})
     assert result.level is Level.INVALID and f"share of parameters with a gradient at {OVERFIT}: no" in result.reason
 
 
@@ -236,7 +290,7 @@ def test_one_probe_with_other_bits_breaks_a_bitwise_claim_and_fewer_steps_are_ot
     assert same_bits(evidence(), Evidence({}, {"loss": [8.0]})) == "the number of steps"
 
 
-@pytest.mark.parametrize(("number", "words"), [("rho", "worst parameter"), ("geomean", "geometric mean"),
+@pytest.mark.parametrize(("number", "words"), [("rho", "worst parameter"), ("few", "worst small tensor"), ("geomean", "geometric mean"),
                                               ("row", "worst row"), ("alpha", "scale error")])  # fmt: skip
 @pytest.mark.parametrize("excess", [0.0, math.nan, math.inf], ids=["one ulp", "NaN", "infinite"])
 def test_beyond_any_limit_fails_and_the_reason_names_it(number, words, excess):
