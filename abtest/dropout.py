@@ -179,7 +179,7 @@ def _adjoint_error(module: torch.nn.Module, shape: torch.Size, device: torch.dev
         return module(x)
 
     x = drawn(shape).requires_grad_()
-    pairs = {name: p for name, p in module.named_parameters() if ".lora_" in f".{name}"}
+    pairs = {name: p for name, p in module.named_parameters() if ".lora_" in f".{name}" and p.requires_grad}
     y = forward(x)
     v = drawn(y.shape)
     gradients = torch.autograd.grad(y, [x, *pairs.values()], v)

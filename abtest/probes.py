@@ -17,6 +17,7 @@ from loop.errors import UserError
 FAR = 1_000_000  # a step no training run reaches: its micro-batches are drawn from the same packs in another order
 # Documents of 1 to 3 tokens, exact chunks of 64, one off either side, 128 and a half chunk, and what is left of the pack.
 TRICKY_LENGTHS = (1, 2, 3, 64, 65, 63, 1, 128, 32, 7)
+CROWD = (3, 2, 4, 1) * 12  # more documents than a kernel's table of boundaries might hold
 MEMORISED, MEMORISED_LENGTH = 16, 24  # documents of the overfit state, and their tokens
 
 Probe = tuple[PackedBatch, ...]
@@ -24,7 +25,7 @@ Document = tuple[torch.Tensor, torch.Tensor]  # ids and labels, both [length]
 
 
 def probes(dataset: Dataset, count: int, packs: int, vocabulary: int, seed: int = 0) -> list[Probe]:
-    """`count` probes on the CPU, in turn: real packs; tricky ones; two rows off the 64-token grid; uneven accumulation; one
+    """`count` probes on the CPU, in turn: real packs; tricky ones, the second of them a crowd; two rows off the 64-token grid; uneven accumulation; one
     row with L % 128 == 64; one document as long as the pack. `seed` picks other packs and other random tokens.
 
     What teaches nothing gives nothing to compare: one long document stands in for it, as in packs of a few tokens.
@@ -36,6 +37,9 @@ def probes(dataset: Dataset, count: int, packs: int, vocabulary: int, seed: int 
 
     def tricky(index: int) -> Probe:
         return (tricky_batch(L, packs, vocabulary, 100 * seed + index),)
+
+    def crowded(index: int) -> Probe:
+        return (tricky_batch(L, packs, vocabulary, 100 * seed + index, CROWD),)
 
     def two_rows(index: int) -> Probe:
         length = off_grid(max(2, L * packs // 2))
@@ -58,7 +62,7 @@ def probes(dataset: Dataset, count: int, packs: int, vocabulary: int, seed: int 
         uneven,
         lambda i: (real(i),),
         off,
-        tricky,
+        crowded,
         long,
         lambda i: (real(i),),
         uneven,
@@ -137,13 +141,15 @@ def one_document(length: int, vocabulary: int, seed: int) -> PackedBatch:
     return pack([[(ids, torch.cat([ids[1:], torch.tensor([IGNORE])]))]])
 
 
-def tricky_batch(pack_length: int, packs: int, vocabulary: int, seed: int) -> PackedBatch:
-    """Random tokens in documents of `TRICKY_LENGTHS`, every third position unsupervised, one document wholly so."""
+def tricky_batch(
+    pack_length: int, packs: int, vocabulary: int, seed: int, lengths: Sequence[int] = TRICKY_LENGTHS
+) -> PackedBatch:
+    """Random tokens in documents of `lengths`, every third position unsupervised, one document wholly so."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for row in range(packs):
         own: list[Document] = []
-        for index, length in enumerate(_lengths(pack_length, row)):
+        for index, length in enumerate(_lengths(pack_length, row, lengths)):
             ids = torch.randint(vocabulary, (length,), generator=generator)
             labels = torch.full_like(ids, IGNORE)
             if index != 4:
@@ -154,11 +160,10 @@ def tricky_batch(pack_length: int, packs: int, vocabulary: int, seed: int) -> Pa
     return pack(rows)
 
 
-def _lengths(pack_length: int, row: int) -> list[int]:
-    """The tricky lengths rotated by `row`, as many as fit, then one document with the rest."""
+def _lengths(pack_length: int, row: int, wanted: Sequence[int]) -> list[int]:
+    """The wanted lengths rotated by `row`, as many as fit, then one document with the rest."""
     out, left = [], pack_length
-    rotated = TRICKY_LENGTHS[row:] + TRICKY_LENGTHS[:row]
-    for length in rotated:
+    for length in (*wanted[row:], *wanted[:row]):
         if length < left:
             out.append(length)
             left -= length

@@ -79,7 +79,7 @@ def update_config(config: Config) -> Config:
 
 def scenarios(steps: int) -> list[Scenario]:
     """The first two steps of a run, one behind the warm-up and the last; clipped by far, by a hair, or not at all."""
-    cases = ((0, 50.0, "cold"), (1, 0.1, "on"), (10, 1.02, "warm"), (29, 7.0, "warm"), (29, 0.3, "warm"))
+    cases = ((0, 500.0, "cold"), (1, 0.1, "on"), (10, 1.02, "warm"), (29, 7.0, "warm"), (29, 0.3, "warm"))
     return [Scenario(min(step, steps - 1), excess, start) for step, excess, start in cases]
 
 
@@ -256,10 +256,12 @@ def _check_names(run: Run, report: UpdateReport) -> bool:
     report.problems += [
         f"the optimizer does not hold {name}, which trains" for key, name in wanted.items() if key not in held
     ]
+    frozen = [name for name, parameter in optimizer.parameters.items() if not parameter.requires_grad]
+    report.problems += [f"{name} takes no gradient any more" for name in frozen]
     state = optimizer.state()
     lacking = [name for name in optimizer.parameters if f"master.{name}" not in state]
     report.problems += [f"the optimizer's state has no master.{name}" for name in lacking]
-    return not lacking and bool(optimizer.parameters)
+    return not lacking and not frozen and bool(optimizer.parameters)
 
 
 def _distance(found: Tensor, truth: Tensor) -> float:

@@ -234,6 +234,12 @@ def wrong_after_a_while(run: Run) -> None:
     around_micro_step(run, change)
 
 
+def freezes_one_tensor(run: Run) -> None:
+    """An honest rewrite that forgets to let one tensor train."""
+    find("loss_by_logsumexp:all:0").apply(run)
+    list(run.optimizer.parameters.values())[3].requires_grad_(False)
+
+
 def blind(apply: Callable[[Run], None], why: str):
     return pytest.param(
         apply, "", marks=pytest.mark.xfail(reason=why, raises=AssertionError, strict=True), id=apply.__name__
@@ -243,6 +249,7 @@ def blind(apply: Callable[[Run], None], why: str):
 OWN = [
     pytest.param(one_step_late, UPDATE, id="one_step_late"),
     pytest.param(vocabulary_cut, WORST, id="vocabulary_cut"),
+    pytest.param(freezes_one_tensor, "gradients complete and finite", id="freezes_one_tensor"),
     pytest.param(dropout_not_rescaled, "dropout: on average nothing is lost", id="dropout_not_rescaled"),
     pytest.param(update_before_resync_withheld, "every step moves every tensor", id="update_before_resync_withheld"),
     blind(wrong_after_a_while, "what happens after more micro-steps than the gate takes is not looked at"),
