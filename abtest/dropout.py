@@ -115,7 +115,7 @@ def adapters_mean(run: Run, batch: PackedBatch) -> Finding:
 
 @torch.no_grad()
 def _mean_share(adapter: Adapter, scaling: float, shape: torch.Size) -> float | None:
-    """The projection of `f(x) - base(x)` on `scaling * B A x` for random x, over masks; None where f does more than project."""
+    """The projection of `f(x) - base(x)` on `scaling * B A x` for random x, over masks; None where f is not linear."""
     generator = torch.Generator(adapter.a.device).manual_seed(7)
     x = torch.randn(shape, generator=generator, device=adapter.a.device).to(adapter.a.dtype)
 

@@ -73,9 +73,9 @@ def gradient_checks(state: str, c: Comparison) -> list[Check]:
         Check(f"{prefix}gradient error ratio, geometric mean", c.geomean, geomean, c.geomean <= geomean, "", 2, state),
     ]
     if c.few_name:
-        limit = max(rho, RHO_FEW)
-        name = f"{prefix}gradient error ratio, worst small tensor"
-        checks.append(Check(name, c.few, limit, c.few <= limit, c.few_name, 2, state))
+        limit = RHO_OVERFIT if overfit else RHO_FEW
+        few = Check(f"{prefix}gradient error ratio, worst small tensor", c.few, limit, c.few <= limit, c.few_name, 2, state)
+        checks.append(few)
     if not overfit:
         checks.append(Check("gradient error ratio, worst row", c.row, ROW, c.row <= ROW, c.row_name, 2, state))
         checks.append(Check("gradient scale error", c.alpha, ALPHA, c.alpha <= ALPHA, c.alpha_name, 2, state))
@@ -115,7 +115,7 @@ def judge(
     numeric.append(moved)
     for state, comparison in compared.items():
         numeric += gradient_checks(state, comparison)
-    exact = [reached, *structure_checks(candidate), *update_checks(candidate)]
+    exact = [*structure_checks(candidate), *update_checks(candidate), reached]
     every = tuple(checks + numeric + exact)
     broken = next((check for check in checks if not check.passed), None)
     if broken is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from abtest.limits import ALPHA_T, ROW_FLOOR
+from abtest.limits import ALPHA_BETTER, ALPHA_T, ROW_FLOOR
 
 SMALL = 64  # tensors with fewer elements are pooled across layers
 FAINT = 1e-8  # of the mean |g*|^2: a batch with less is compared with so much, or it would outweigh every other
@@ -183,7 +183,7 @@ def _ratio(reference: list[float], candidate: list[float], norm: list[float]) ->
 
 def _alpha(reference: Distances, candidate: Distances, names: list[str]) -> float:
     """|mean difference of <g, g*> / |g*|^2| between the arms where it is significant, paired over batches, else 0. And 0
-    where the candidate's own projection is the nearer one to 1: a step that rounds less is no error."""
+    where it is small and the candidate's own projection is the nearer one to 1: a step that rounds less is no error."""
     norms, own, other = (_per_batch(part, names) for part in (reference.norm, reference.dot, candidate.dot))
     pairs = [(a / n, b / n) for a, b, n in zip(own, other, norms, strict=True) if n > 0]
     if len(pairs) < 3:
@@ -194,7 +194,8 @@ def _alpha(reference: Distances, candidate: Distances, names: list[str]) -> floa
     if math.isnan(mean):
         return math.nan
     one, two = ((values.mean(0) - 1).abs()).tolist()
-    return abs(mean) if abs(mean) > ALPHA_T * spread and two > one else 0.0
+    better = two <= one and abs(mean) <= ALPHA_BETTER
+    return abs(mean) if abs(mean) > ALPHA_T * spread and not better else 0.0
 
 
 def _worst_row(reference: torch.Tensor, candidate: torch.Tensor) -> float:

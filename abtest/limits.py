@@ -14,9 +14,10 @@ GEOMEAN = 1.15  # the geometric mean over parameters
 ROW = 6.0  # the worst row of any parameter
 ROW_FLOOR = 0.3  # a row's error counts as at least so much of the mean row's; a tenth flagged FLA on rows without a gradient
 ALPHA = 0.003  # scale error <g, g*> / |g*|^2 beside the reference's, where it is significant
+ALPHA_BETTER = 0.006  # the same where the candidate is nearer to the truth; by more, the reference itself is in doubt
 ALPHA_T = 5.0  # significant: Student's t, paired over probes
 # At the overfit state gradients are what is left of p - 1, and luck weighs more.
-RHO_OVERFIT, GEOMEAN_OVERFIT = 3.0, 1.5
+RHO_OVERFIT, GEOMEAN_OVERFIT = 4.0, 1.5
 
 # 3, one optimizer update beside fp64.
 UPDATE = 1e-5  # relative error of an update, of a moment, of accumulated gradients, and of the norm before clipping
@@ -24,7 +25,7 @@ RATE = 1e-6  # relative error of the learning rate, which is double arithmetic
 
 # 4, loss of the free run in units of the noise floor.
 LOSS_SIGMA, LOSS_SUM_SIGMA = 6.0, 4.0
-STEP_SIZE = 0.1  # length of a step's update beside the reference's, relative
+STEP_SIZE = 0.01  # length of a step's update beside the reference's, relative; honest rewrites are off by 2e-4 in bf16
 FP32_ULP = 2.0**-23  # of a loss, relative: below it no difference can be told from rounding the loss itself
 
 # 1, what the comparison itself needs.

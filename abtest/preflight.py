@@ -36,7 +36,8 @@ def incomplete(
     reference: Evidence, candidate: Evidence, wanted: Sequence[str], sigma: Sequence[float], compared: dict[str, Comparison]
 ) -> Check:
     """Whether everything was measured that a verdict rests on; `detail` names the first thing that was not."""
-    lacking = [f"{side}: {what}" for side, arm in (("reference", reference), ("candidate", candidate)) for what in _lacks(arm)]
+    sides = (("reference", reference), ("candidate", candidate))
+    lacking = [f"{side}: {what}" for side, arm in sides for what in _lacks(arm)]
     steps = len(reference.free_run.get("loss", ()))
     if len(candidate.free_run.get("loss", ())) != steps:
         lacking.append(f"candidate: {len(candidate.free_run['loss'])} steps instead of {steps}")
@@ -47,8 +48,9 @@ def incomplete(
         answer = candidate.gradients.get(state)
         if state not in compared and answer is not None and not (answer["problems"] or own["problems"]):
             lacking.append(f"gradients not compared at {state}")
-        if answer is not None and len(answer["fingerprints"]) != len(own["fingerprints"]):
-            lacking.append(f"candidate: {len(answer['fingerprints'])} probes at {state} instead of {len(own['fingerprints'])}")
+        wanted_probes = len(own["fingerprints"])
+        if answer is not None and len(answer["fingerprints"]) != wanted_probes:
+            lacking.append(f"candidate: {len(answer['fingerprints'])} probes at {state} instead of {wanted_probes}")
     if wanted and candidate.tripwire is None:
         lacking.append("candidate: no tripwire")
     return _check("everything was measured", not lacking, lacking[0] if lacking else "")

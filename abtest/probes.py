@@ -25,8 +25,9 @@ Document = tuple[torch.Tensor, torch.Tensor]  # ids and labels, both [length]
 
 
 def probes(dataset: Dataset, count: int, packs: int, vocabulary: int, seed: int = 0) -> list[Probe]:
-    """`count` probes on the CPU, in turn: real packs; tricky ones, the second of them a crowd; two rows off the 64-token grid; uneven accumulation; one
-    row with L % 128 == 64; one document as long as the pack. `seed` picks other packs and other random tokens.
+    """`count` probes on the CPU, in turn: real packs; tricky ones, the second of them a crowd; two rows off the 64-token
+    grid; uneven accumulation; one row with L % 128 == 64; one document as long as the pack. `seed` picks other packs and
+    other random tokens.
 
     What teaches nothing gives nothing to compare: one long document stands in for it, as in packs of a few tokens.
     """

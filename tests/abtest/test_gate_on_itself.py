@@ -126,7 +126,8 @@ def exchanged(experiment, candidate: Candidate) -> tuple[Evidence, dict[str, Com
 
 def test_exchanged_arms_are_invalid(scaled, experiment):
     reference, compared = exchanged(experiment, scaled)
-    rest = (experiment.reference, (SCALED,), experiment.sigma, compared)
+    candidate = dataclasses.replace(experiment.reference, tripwire={"red": True, "detail": ""})
+    rest = (candidate, (SCALED,), experiment.sigma, compared)
     verdict = gate.judge(Exactness.ROUNDING, reference, experiment.repeat, *rest)
     assert verdict.level is Level.INVALID
     assert verdict.reason.startswith("the reference repeats itself bitwise: no (")
@@ -229,7 +230,7 @@ def test_an_arm_with_fewer_steps_is_invalid(experiment, monkeypatch):
     candidate = experiment.gate_arm(ArmSpec("short", CONFIG, (), "loss_by_logsumexp:all:0"), Exactness.ROUNDING)
     assert len(candidate.evidence.losses) == SETTINGS.steps - 1
     assert candidate.verdict.level is Level.INVALID
-    assert candidate.verdict.reason == "same batches in both arms: no"
+    assert candidate.verdict.reason == "everything was measured: no (candidate: 5 steps instead of 6)"
 
 
 def skips_every_second(kind: type) -> type:

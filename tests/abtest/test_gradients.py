@@ -201,7 +201,7 @@ def test_a_probe_without_a_gradient_neither_passes_everything_nor_fails_everyone
 
     def rounding(side: list[dict], seed: int, size: float = 1e-4) -> list[dict]:
         kicks = draws(SHAPES, seed)
-        return [{key: value + size * kicks[3][key] * (index == 3) for key, value in b.items()} for index, b in enumerate(side)]
+        return [{k: value + size * kicks[3][k] * (at == 3) for k, value in b.items()} for at, b in enumerate(side)]
 
     reference, candidate = rounding(noisy(zeros, 1), 8), rounding(noisy(zeros, 2), 9)
     assert not failing(judged(candidate, zeros, reference))
@@ -225,7 +225,7 @@ def test_a_gradient_everywhere_near_nothing_in_one_probe_does_not_outweigh_the_o
     assert judged(candidate, faint, reference).rho > gate.RHO
 
 
-@pytest.mark.parametrize(("factor", "caught"), [(1.004, False), (1.0, False), (1.012, True), (0.98, True)])
+@pytest.mark.parametrize(("factor", "caught"), [(1.004, False), (1.003, False), (1.0, True), (1.012, True)])
 def test_a_projection_nearer_to_the_truth_than_the_reference_s_is_no_scale_error(truth, factor, caught):
     name = "layers.1.up.weight"
     reference, candidate = noisy(truth, 1), noisy(truth, 2)

@@ -29,7 +29,7 @@ def _double_kernel(p_x, p_y, rows, WIDTH: tl.constexpr):
     tl.store(p_y + o_row, 2.0 * tl.load(p_x + o_row), mask=i_row < rows)
 
 
-@torch.library.custom_op("isoloss_test::double", mutates_args=())
+@torch.library.custom_op("isoloss_poison::double", mutates_args=())
 def double(x: Tensor, rows: int) -> Tensor:
     """2 x, of which only the first `rows` rows are written; the memory is asked for inside the custom op."""
     y = torch.empty_like(x)

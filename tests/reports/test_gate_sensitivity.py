@@ -128,8 +128,8 @@ def arm(**changes) -> Evidence:
         "weights": "w", "frozen": "f", "elements": {"p": 4}, "data": {"content_hash": "c"}, "seed": 0, "enabled": ["x"],
         "changed": ["p"],
     }  # fmt: skip
-    run = {key: ["a", "b"] for key in ("gradients", "state", "rng", "lr", "batch", "supervised")}
-    run |= {"loss": [2.0, 1.0], "still": [], "replays": 2, "micro_steps": 2}
+    run = {key: ["a", "b"] for key in ("gradients", "state", "rng", "lr", "batch", "supervised", "rested")}
+    run |= {"loss": [2.0, 1.0], "moved": [1.0, 1.0], "still": [], "replays": 2, "micro_steps": 2}
     gradients = {
         state: {"problems": [], "elements": 4, "fingerprints": ["1"], "packing_error": 0.0, "packing_error_name": "",
                 "recurrence_error": (0.0, "")} for state in states
@@ -148,7 +148,7 @@ def test_checks_are_filed_as_the_gate_files_them():
     from abtest.update import UPDATE
 
     findings = [{"name": gates.APART, "passed": False, "detail": ""}]
-    comparison = Comparison(9.0, "p", 9.0, 9.0, "p", 9.0, "p", 0.1, 1.0)
+    comparison = Comparison(9.0, "p", 9.0, 9.0, "p", 9.0, "p", 0.1, 1.0, 9.0, "q")
     verdict = judge(
         Exactness.ROUNDING, arm(findings=findings), arm(), arm(findings=findings), ("x",), (1.0, 1.0),
         {"step 0": comparison, OVERFIT: comparison},
