@@ -30,6 +30,7 @@ from abtest.command import check_gate, gate_config
 from abtest.environment import describe
 from abtest.report import render, write_sensitivity
 from abtest.settings import GateConfig
+from abtest.unit_store import UnitStore, identity
 from abtest.units import Unit, run_unit
 from loop.cli import guarded, parse
 from loop.config import Config, DataConfig, LoraConfig
@@ -53,6 +54,7 @@ class Command(Config):
     carrier: tuple[str, ...] = ("auto",)  # optimizations on which defects ride; auto: ssm_fast_path on CUDA, none elsewhere
     sweep: bool = True  # look for the smallest scale error of one projection that is caught
     processes: int = 0  # gates at a time; 0: one a core, at most 8 on a GPU
+    units: Path = Path(".cache/isoloss/sensitivity")  # finished units of a run that was cut; the next run goes on from them
     gate: GateConfig = field(default_factory=GateConfig)
     reports: Path = ROOT / "reports"
 
@@ -70,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     command = dataclasses.replace(command, device=device.type, dtype=str(dtype).removeprefix("torch."))
     planned = plan(command, device)
     began, started = time.monotonic(), _now()
-    lines, sweep = run_units(planned, processes(command, device))
     environment = describe(device)
+    store = UnitStore(command.units, identity(environment))
+    lines, sweep = run_units(planned, processes(command, device), store)
     facts = {
         "run_id": f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{(environment['git_sha'] or 'nogit')[:7]}",
         "command": shlex.join(["python", "-m", "abtest.sensitivity", *arguments]),
@@ -81,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     write_sensitivity(command.reports / "data", environment["device_slug"], lines, facts, sweep)
     render(command.reports / "data", command.reports)
+    store.clear(planned)
     print(json.dumps(summary(lines)))
     return 0
 
@@ -167,26 +171,42 @@ def processes(command: Command, device: torch.device) -> int:
     return min(cores, 8) if device.type == "cuda" else cores
 
 
-def run_units(units: list[Unit], workers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every unit in a process of its own, `workers` at a time; their lines in the order of the units."""
+def run_units(units: list[Unit], workers: int, store: UnitStore) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every unit that `store` lacks in a process of its own, `workers` at a time; all lines in the order of the units."""
     context = multiprocessing.get_context("spawn")
-    done: dict[int, tuple[list[dict], list[dict]]] = {}
+    done = {index: kept for index, unit in enumerate(units) if (kept := store.get(unit)) is not None}
+    if done:
+        print(f"{len(done)} of {len(units)} units were finished by an earlier run", file=sys.stderr, flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="isoloss-") as scratch, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running = {pool.submit(run_unit, unit, Path(scratch) / str(index)): index for index, unit in enumerate(units)}
+        running = {
+            pool.submit(run_unit, unit, Path(scratch) / str(index)): index
+            for index, unit in enumerate(units)
+            if index not in done
+        }
         for future in as_completed(running):
             index = running[future]
             done[index] = future.result()
-            caught = sum(line["caught"] for line in done[index][0] if line["kind"] == "mutant")
-            alarms = sum(line["caught"] for line in done[index][0] if line["kind"] == "benign")
-            count = len(done[index][0])
-            print(
-                f"[{time.monotonic() - began:5.0f} s] {len(done)}/{len(units)} {units[index].config.method}, seed "
-                f"{units[index].config.seed}: {count} gates, {caught} defects caught, {alarms} false alarms",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            store.put(units[index], done[index])
+            _tell(f"[{time.monotonic() - began:5.0f} s] {len(done)}/{len(units)}", units[index], done[index][0])
     ordered = [done[index] for index in sorted(done)]
     return [line for lines, _ in ordered for line in lines], [line for _, sweep in ordered for line in sweep]
+
+
+def _tell(prefix: str, unit: Unit, lines: list[dict[str, Any]]) -> None:
+    """A finished unit in one line on stderr, and every false alarm and survivor with its reason."""
+    wrong = [line for line in lines if line["caught"] == (line["kind"] == "benign") and not line["equivalent"]]
+    alarms = sum(line["caught"] for line in wrong)
+    defects = sum(line["caught"] for line in lines if line["kind"] == "mutant")
+    print(
+        f"{prefix} {unit.config.method}, seed {unit.config.seed}: {len(lines)} gates, {defects} defects caught, "
+        f"{alarms} false alarms",
+        file=sys.stderr,
+    )
+    for line in wrong:
+        what = "false alarm" if line["caught"] else "survivor"
+        print(f"    {what}: {line['name']}:{line['layer']}:{line['magnitude']:g}: {line['reason']}", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -206,7 +226,7 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _recipe(command: Command) -> dict[str, Any]:
     recipe = to_plain(command)
-    for machine_path in ("reports", "output"):
+    for machine_path in ("reports", "output", "units"):
         recipe.pop(machine_path, None)
     recipe["gate"].pop("oracle_cache", None)
     return recipe
