@@ -46,13 +46,15 @@ class Experiment:
     """Use as a context manager. `prepare()` first, then `gate_arm` for every arm.
 
     folder: scratch space for weights and row sums. environment: of the arms' processes. on_progress(arm, phase, done,
-    total) is called after every step, from several threads where arms work in parallel.
+    total) is called after every step, from several threads where arms work in parallel. base: optimizations that the
+    reference itself has on; none unless it is the gate that is being measured. The oracle never has any.
     """
 
     def __init__(
-        self, config: Config, settings: GateConfig, folder: Path, environment: dict[str, str], on_progress: OnProgress
-    ) -> None:
-        self.config, self.settings = config, settings
+        self, config: Config, settings: GateConfig, folder: Path, environment: dict[str, str], on_progress: OnProgress,
+        base: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.config, self.settings, self.base = config, settings, base
         self.folder, self.environment, self.on_progress = folder, environment, on_progress
         self.states = states.names(settings.steps)
         self.weights = {state: str(folder / f"state-{index}.safetensors") for index, state in enumerate(self.states)}
@@ -60,7 +62,7 @@ class Experiment:
         self.spare: Arm | None = None
         self.repeat_arm: Arm | None = None
         self.seconds: dict[str, float] = {}
-        self.reference_arm = self._arm(ArmSpec("stock", config))
+        self.reference_arm = self._arm(ArmSpec("stock", config, base))
         self.truths = Truths(lambda: self._arm(ArmSpec("oracle", config, exact=True)), settings, self.weights, on_progress)
 
     def __enter__(self) -> Experiment:
@@ -99,7 +101,7 @@ class Experiment:
         """Runs the reference, its oracle, its repeat and its kicked replicas."""
         began = time.monotonic()
         reference = self.reference_arm
-        self.repeat_arm = self._arm(ArmSpec("stock again", self.config))
+        self.repeat_arm = self._arm(ArmSpec("stock again", self.config, self.base))
         build, _, again = self._together(reference.build, self.truths.build, self.repeat_arm.build)
         if build["state_bytes"] <= RESYNC_BYTES:
             self.resync = {
@@ -116,7 +118,7 @@ class Experiment:
         with ExitStack() as helpers:
             arms = [self.repeat_arm]
             for index in range(min(self.settings.parallel - 2, self.settings.replicas - 1)):
-                arms.append(helpers.enter_context(self._arm(ArmSpec(f"replica {index}", self.config))))
+                arms.append(helpers.enter_context(self._arm(ArmSpec(f"replica {index}", self.config, self.base))))
             shares = [(arm, list(range(self.settings.replicas))[index :: len(arms)]) for index, arm in enumerate(arms)]
             evidence, _, *losses = self._together(
                 lambda: self._evidence(reference, build, run, candidate=False),

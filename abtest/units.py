@@ -21,12 +21,11 @@ from abtest.verdict import Check, Level, Verdict
 from kernels.contract import Exactness
 from loop.config import Config
 
-CARRIER = "carrier"
-
 
 @dataclass(frozen=True)
 class Unit:
-    """A method and a seed. benign, mutants, swept: ids of cases. carrier: optimizations that are on under all of them."""
+    """A method and a seed. benign, mutants, swept: ids of cases. carrier: optimizations that are on in every arm, the
+    reference included: what is measured is the gate, not them."""
 
     config: Config
     settings: GateConfig
@@ -43,20 +42,16 @@ def run_unit(unit: Unit, folder: Path) -> tuple[list[dict[str, Any]], list[dict[
         torch.set_num_threads(1)
     folder.mkdir(parents=True)
     settings = dataclasses.replace(unit.settings, oracle_cache=folder / "oracle")
-    with InProcessExperiment(unit.config, settings, folder, {}, _silent) as experiment:
+    with InProcessExperiment(unit.config, settings, folder, {}, _silent, unit.carrier) as experiment:
         experiment.prepare()
-        carrier = _gate(experiment, unit, None)
-        carried = carrier.evidence or experiment.reference
         lines, sweep = [], []
         total = len(unit.benign) + len(unit.mutants) + len(unit.swept)
         for number, case in enumerate((*unit.benign, *unit.mutants)):
-            lines.append(_line(unit, carried, find(case), _gate(experiment, unit, case)))
+            lines.append(_line(unit, experiment.reference, find(case), _gate(experiment, unit, case)))
             _tell(unit, number + 1, total)
         for number, case in enumerate(unit.swept):
             sweep.append(_swept(unit, find(case), _gate(experiment, unit, case)))
             _tell(unit, len(lines) + number + 1, total)
-    if unit.carrier:
-        lines.insert(0, _carrier_line(unit, carrier))
     return [line for line in lines if line is not None], [line for line in sweep if line is not None]
 
 
@@ -70,11 +65,9 @@ def _silent(arm: str, phase: str, done: int, total: int) -> None:
     """Progress is told a unit at a time."""
 
 
-def _gate(experiment: InProcessExperiment, unit: Unit, case: str | None) -> Candidate:
-    """The verdict on the carrier with `case` planted; without a carrier and a case, nothing to gate."""
-    if case is None and not unit.carrier:
-        return Candidate(None, Verdict(Level.BITWISE, "it is the reference"), None)
-    spec = ArmSpec(case or CARRIER, unit.config, unit.carrier, case)
+def _gate(experiment: InProcessExperiment, unit: Unit, case: str) -> Candidate:
+    """The verdict on the reference with `case` planted in it."""
+    spec = ArmSpec(case, unit.config, unit.carrier, case)
     try:
         candidate = experiment.gate_arm(spec, Exactness.ROUNDING)
     except ArmFailed as error:
@@ -85,7 +78,7 @@ def _gate(experiment: InProcessExperiment, unit: Unit, case: str | None) -> Cand
     return dataclasses.replace(candidate, arm=None)
 
 
-def _line(unit: Unit, carried: Evidence, case: Case, candidate: Candidate) -> dict[str, Any] | None:
+def _line(unit: Unit, reference: Evidence, case: Case, candidate: Candidate) -> dict[str, Any] | None:
     """The raw outcome of one case; None for one that does not fit the model or the device."""
     verdict = candidate.verdict
     if verdict.level is Level.NOT_RUN:
@@ -93,21 +86,10 @@ def _line(unit: Unit, carried: Evidence, case: Case, candidate: Candidate) -> di
     planted = case.planted
     return {
         "kind": planted.kind, "name": planted.name, "family": planted.family, "layer": case.layer,
-        "magnitude": case.magnitude, "seed": unit.config.seed, "equivalent": equivalent(carried, candidate.evidence),
+        "magnitude": case.magnitude, "seed": unit.config.seed, "equivalent": equivalent(reference, candidate.evidence),
         "caught": not verdict.level.lossless,
         "caught_by": caught_by(verdict), "split": unit.split, "method": unit.config.method, "level": verdict.level.value,
         "reason": verdict.reason, "modelled_on": planted.modelled_on, "unit": planted.unit, "values": worst_values(verdict),
-    }  # fmt: skip
-
-
-def _carrier_line(unit: Unit, candidate: Candidate) -> dict[str, Any]:
-    """The carrier alone is one more honest rewrite."""
-    verdict = candidate.verdict
-    return {
-        "kind": "benign", "name": " + ".join(unit.carrier), "family": "optimization", "layer": "all", "magnitude": 0.0,
-        "seed": unit.config.seed, "equivalent": False, "caught": not verdict.level.lossless, "caught_by": caught_by(verdict),
-        "split": unit.split, "method": unit.config.method, "level": verdict.level.value, "reason": verdict.reason,
-        "modelled_on": "the optimization that defects ride on", "unit": "", "values": worst_values(verdict),
     }  # fmt: skip
 
 
@@ -121,11 +103,11 @@ def _swept(unit: Unit, case: Case, candidate: Candidate) -> dict[str, Any] | Non
     }  # fmt: skip
 
 
-def equivalent(carried: Evidence, evidence: Evidence | None) -> bool:
+def equivalent(reference: Evidence, evidence: Evidence | None) -> bool:
     """Whether a planted defect changed no bit of any loss, gradient or weight, and broke nothing structural either."""
-    if evidence is None or same_bits(carried, evidence) is not None:
+    if evidence is None or same_bits(reference, evidence) is not None:
         return False
-    return all(f["passed"] for f in evidence.findings) and evidence.update == carried.update
+    return all(f["passed"] for f in evidence.findings) and evidence.update == reference.update
 
 
 def caught_by(verdict: Verdict) -> list[str]:

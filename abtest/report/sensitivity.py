@@ -97,7 +97,7 @@ def _setting(sensitivity: Sensitivity) -> str:
         trained(run["recipe"] | {"method": None}, run["environment"]),
         f"run {code(run['run_id'])}, finished {prose(run['finished'])}",
         f"{number(run['seconds'] / 60)} minutes",
-        f"defects ride on {carrier}" if carrier else "",
+        f"on in every arm, the reference included: {carrier}" if carrier else "",
     ]
     dirty = "\n\n**Measured from a working tree with uncommitted changes.**" if run["environment"].get("git_dirty") else ""
     return " · ".join(part for part in parts if part) + dirty

@@ -57,7 +57,7 @@ def outcome(tmp_path_factory) -> tuple[dict[str, dict], list[dict]]:
     """Lines by the case's id, and the sweep's."""
     config = dataclasses.replace(CONFIG, model="qwen3-tiny", steps=GATE.steps, data=DataConfig(pack_length=128))
     mutants = (SCALED, EQUIVALENT, SKIPS, CRASHES, HAS_NONE)
-    unit = Unit(config, GATE, (), "holdout", BENIGN, mutants, (SWEEP, HAS_NONE))
+    unit = Unit(config, GATE, ("static_lora",), "holdout", BENIGN, mutants, (SWEEP, HAS_NONE))
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(packing, "PLANTED", (*packing.PLANTED, PLANTED))
