@@ -3,9 +3,11 @@
 #   PYTHON   the interpreter that .venv is made from; 3.11 or newer
 #   ARGS     handed to the command:  make bench ARGS="--model /models/Qwen3.5-2B"
 #   EXTRAS   extras of pyproject.toml to install:  make test EXTRAS="dev peers"
+#   JOBS     processes that share the test suite:  make test JOBS=1
 #   WITH     an interpreter that has the packages already; nothing is installed:  make bench WITH=python3
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 WITH ?=
 
 VENV := .venv
@@ -36,7 +38,7 @@ bench: $(READY) ## gate and time every optimization on this machine, and write r
 	@$(RUN) -m bench.run $(ARGS)
 
 test: $(READY) ## the whole test suite, the lossless gates included
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(READY) ## ruff: rules and format
 	@$(RUN) -m ruff check .

@@ -51,9 +51,7 @@ class Command(Config):
     every_method: bool = False  # every seed and every defect in each method, which takes as many times as long
     seeds: int = 8  # of the honest rewrites; the first half are calibration, the second half hold-out
     only: tuple[str, ...] = ()  # names or families of the catalogue; empty: all of it
-    carrier: tuple[str, ...] = (
-        "auto",
-    )  # on in every arm; auto: ssm_fast_path on CUDA, none elsewhere
+    carrier: tuple[str, ...] = ("auto",)  # on in every arm; auto: ssm_fast_path on CUDA, none elsewhere
     sweep: bool = True  # look for the smallest scale error of one projection that is caught
     processes: int = 0  # gates at a time; 0: one a core, at most 8 on a GPU
     units: Path = Path(".cache/isoloss/sensitivity")  # finished units of a run that was cut; the next run goes on from them

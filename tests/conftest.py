@@ -1,14 +1,135 @@
-"""Shared by all tests."""
+"""Shared by all tests: the interpreter switch, and the line that closes a run of lossless gates.
+
+A gate is a lossless test of one optimization: of its op on one workload with one seed, in all autotune configurations or
+beyond 2^31 elements, or of a whole arm. The line says how many were executed and how many were not. It is made here, since
+with pytest-xdist the process that writes it collects no tests and reads no conftest.py but this one.
+"""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any test module
 
+if TYPE_CHECKING:
+    from kernels.contract import Needs
 
-def pytest_addoption(parser):
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GATE = "lossless gate"  # the property of a report that is one
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-gpu", action="store_true", help="fail when lossless gates were not executed because they need a GPU"
     )
+
+
+@dataclass
+class Tally:
+    """What became of each gate. ops: optimizations whose op was gated with every seed, on however few workloads."""
+
+    executed: int = 0
+    failed: int = 0
+    need_hardware: int = 0
+    skipped: int = 0
+    ops: set[str] = field(default_factory=set)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.executed or self.need_hardware or self.skipped)
+
+    def count(self, name: str, outcome: str, gpu_only: bool) -> None:
+        from kernels.registry import discover  # late: the switch above has to come first
+
+        if outcome != "skipped":
+            self.executed += 1
+            self.failed += outcome == "failed"
+        elif lacks_hardware(discover()[name].needs, gpu_only):
+            self.need_hardware += 1
+        else:
+            self.skipped += 1
+
+    def too_large(self) -> int:
+        """Gates of workloads that only a GPU is given."""
+        from abtest.opcheck import SEEDS, workloads_for
+        from kernels.registry import discover
+
+        known, gpu = discover(), torch.device("cuda")
+        ops = [known[name].op for name in self.ops]
+        return sum(len(SEEDS) * (len(workloads_for(op, gpu)) - len(workloads_for(op, DEVICE))) for op in ops)
+
+    def lacking(self) -> int:
+        """Gates that were not executed for want of a GPU, or of another one."""
+        return self.need_hardware + self.too_large()
+
+    def line(self) -> str:
+        from loop.device import device_name
+
+        where = device_name(DEVICE) if DEVICE.type == "cuda" else "cpu (interpreter)"
+        parts = [f"lossless: {self.executed} gates executed on {where}"]
+        need = "need another GPU" if DEVICE.type == "cuda" else "need a GPU"
+        counts = ((self.failed, "failed"), (self.lacking(), need), (self.skipped, "skipped"))
+        return ", ".join(parts + [f"{count} {words}" for count, words in counts if count])
+
+
+def lacks_hardware(needs: Needs, gpu_only: bool) -> bool:
+    """Whether a gate that was skipped was skipped for want of hardware: a GPU, one of another kind, or its memory."""
+    from kernels.contract import Needs
+    from kernels.registry import unmet
+
+    if DEVICE.type != "cuda":
+        return gpu_only or needs.cuda or needs.capability is not None
+    return unmet(Needs(capability=needs.capability), DEVICE) is not None or (gpu_only and unmet(needs, DEVICE) is None)
+
+
+class ClosingLine:
+    """Counts reports as they come in, from this process or from xdist's, and closes the run with the line."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config, self.tally = config, Tally()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        gate = dict(report.user_properties).get(GATE)
+        if gate is not None and (report.when == "call" or (report.when == "setup" and not report.passed)):
+            name, gpu_only, of_op = gate
+            if of_op:
+                self.tally.ops.add(name)
+            self.tally.count(name, report.outcome, gpu_only)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        required = self.config.getoption("--require-gpu")
+        if required and self.tally.lacking() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+        yield  # the list of skips and failures comes first
+        if self.tally.empty:
+            return
+        lacking = self.tally.lacking()
+        terminalreporter.write_line(self.tally.line(), red=bool(self.tally.failed), bold=True)
+        if self.config.getoption("--require-gpu") and lacking:
+            terminalreporter.write_line(f"--require-gpu: {lacking} gates were not executed, so this run fails", red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # xdist's workers leave it to the process that started them
+        config.pluginmanager.register(ClosingLine(config), "closing line")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    optimization = item.callspec.params.get("optimization") if hasattr(item, "callspec") else None
+    if optimization is not None and item.get_closest_marker("lossless") is not None:
+        of_op = {"workload", "seed"} <= item.callspec.params.keys()
+        gpu_only = item.get_closest_marker("gpu") is not None
+        report.user_properties.append((GATE, (optimization.name, gpu_only, of_op)))
+    return report

@@ -86,7 +86,7 @@ def test_the_second_command_installs_nothing(checkout):
     make(checkout, "install", f"PYTHON={python(checkout)}")
     before = calls(checkout)
     done = make(checkout, "test", f"PYTHON={python(checkout)}")
-    assert done.returncode == 0 and calls(checkout)[len(before) :] == ["-m pytest"]
+    assert done.returncode == 0 and calls(checkout)[len(before) :] == ["-m pytest -n 2 --dist loadfile"]
 
 
 def test_an_install_cut_short_is_done_again(checkout):
@@ -149,5 +149,5 @@ def test_ci_lints_and_tests_from_any_folder_without_stdin(root, checkout):
     set_gpus(checkout, 0)
     done = run([str(checkout / ".ci/run")], checkout, cwd=checkout.parent, PYTHON=python(checkout))
     assert done.returncode == 0, done.stderr
-    assert calls(checkout)[2:] == ["-m ruff check .", "-m ruff format --check .", "-m pytest"]
+    assert calls(checkout)[2:] == ["-m ruff check .", "-m ruff format --check .", "-m pytest -n 2 --dist loadfile"]
     assert done.stdout.splitlines() == ["== make lint", "== make test", "== lint and test passed"]
