@@ -18,6 +18,7 @@ from loop.errors import UserError
 from loop.files import write_safetensors
 from loop.lora import save_adapters
 from loop.model import checkpoint_folder
+from loop.optim import MOMENTS
 from loop.run import Run
 
 STATE_FILE = "training_state.safetensors"
@@ -88,7 +89,11 @@ def load_state(run: Run, data_hash: str) -> int:
 
 
 def _fits(path: Path, state: dict[str, torch.Tensor], run: Run) -> None:
-    expected = {f"master.{name}": list(master.shape) for name, master in run.optimizer.masters.items()}
+    masters = run.optimizer.masters.items()
+    expected = {f"master.{name}": list(master.shape) for name, master in masters}
+    for name, master in masters:
+        if any(f"{key}.{name}" in state for key in MOMENTS):  # none before the first step, afterwards all of them
+            expected |= {f"{key}.{name}": [] if key == "step" else list(master.shape) for key in MOMENTS}
     for key, shape in ({"rng.cpu": list(torch.get_rng_state().shape)} | expected).items():
         if key not in state:
             raise UserError(f"--resume: {path} is damaged: it lacks {key}")

@@ -188,11 +188,9 @@ def _op(record: GateRecord) -> str:
         (code(row["op"]) if row.get("op") else NOTHING, prose(row["workload"]), str(row["seed"]),
          f"**{row['level']}**" if row["level"] in WRONG else row["level"], prose(row["reason"])) for row in ordered
     ]  # fmt: skip
-    words = (
-        f"{len(rows)} against fp64 truth, **{len(failed)} failed**."
-        if failed
-        else f"{len(rows)} against fp64 truth, none failed."
-    )
+    idle = sum(row["level"] == "NOT_RUN" for row in record.op)
+    words = f"{len(rows) - idle} against fp64 truth, " + (f"**{len(failed)} failed**" if failed else "none failed")
+    words += f"; {idle} not run here." if idle else "."
     return (
         words + "\n\n" + folded("Every one of them", ("op", "workload", "seed", "level", "decided by"), rows, numeric=(2,))
     )

@@ -120,6 +120,7 @@ def truncate(config: Config) -> None:
 
 
 MASTER = "master.model.layers.0.self_attn.q_proj.lora_A.weight"
+MOMENT = MASTER.replace("master.", "exp_avg_sq.")
 DAMAGES = {
     "empty": (lambda c: (c.output / STATE_FILE).write_bytes(b""), "is damaged"),
     "noise": (lambda c: (c.output / STATE_FILE).write_bytes(b"not safetensors at all" * 9), "is damaged"),
@@ -128,6 +129,11 @@ DAMAGES = {
     "no step": (lambda c: spoil(c, lambda t, m: m.update(next_step="three")), "is damaged: .*'three'"),
     "no settings": (lambda c: spoil(c, lambda t, m: m.update(config="{")), "is damaged"),
     "tensor missing": (lambda c: spoil(c, lambda t, m: t.pop(MASTER)), f"is damaged: it lacks {MASTER}"),
+    "moment missing": (lambda c: spoil(c, lambda t, m: t.pop(MOMENT)), f"is damaged: it lacks {MOMENT}"),
+    "misshapen moment": (
+        lambda c: spoil(c, lambda t, m: t.update({MOMENT: torch.zeros(2)})),
+        r"has shape \[2\]; this run's",
+    ),
     "rng missing": (lambda c: spoil(c, lambda t, m: t.pop("rng.cpu")), "is damaged: it lacks rng.cpu"),
     "misshapen": (lambda c: spoil(c, lambda t, m: t.update({MASTER: torch.zeros(4, 5)})), r"has shape \[4, 5\]; this run's"),
 }

@@ -78,6 +78,13 @@ def test_what_ran_and_the_op_checks(full):
     assert "BLOCK: 1024" in page and "total 190 s" in page and "python -m abtest.run --optimization silu_mul" in page
 
 
+def test_op_checks_that_were_not_run_are_counted_apart():
+    ran = {"op": "own", "workload": "small", "seed": 0, "level": "ROUNDING", "reason": "close"}
+    idle = {"op": "own", "workload": "2B", "seed": 0, "level": "NOT_RUN", "reason": "needs a GPU"}
+    page = gate_page(Gated(SLUG, gates.gate_record(op=(ran, ran, idle)), 0))
+    assert "2 against fp64 truth, none failed; 1 not run here." in page
+
+
 def test_a_census_may_be_counted_by_name_alone():
     census = {"reference": {"a": 2, "b": 1}, "candidate": {"a": 1}, "new": [], "gone": ["a -1", "b -1"]}
     page = gate_page(Gated(SLUG, gates.gate_record(census=census), 0))
