@@ -11,6 +11,8 @@ from bench import records
 from bench.records import Record
 from loop.errors import UserError
 
+NO_DEVICES = ("cross_compile", "gate")  # folders of records that are of no one device's runs
+
 
 @dataclass(frozen=True)
 class Device:
@@ -39,14 +41,14 @@ class Device:
 
 
 def load(data_dir: Path) -> list[Device]:
-    """Every device that has a record in `data_dir`/<device_slug>/*.jsonl, ordered by slug. The folder "gate" is none.
+    """Every device that has a record in `data_dir`/<device_slug>/*.jsonl, ordered by slug. `NO_DEVICES` are none.
 
     Raises UserError for a folder that is not there, a line that is no valid record, and a record of another device.
     """
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such folder of records; `python -m bench.run` makes it")
     devices = []
-    for folder in sorted(path for path in data_dir.iterdir() if path.is_dir() and path.name != "gate"):
+    for folder in sorted(path for path in data_dir.iterdir() if path.is_dir() and path.name not in NO_DEVICES):
         found = [record for path in sorted(folder.glob("*.jsonl")) for record in _read(path, folder.name)]
         if found:
             devices.append(select(folder.name, found))

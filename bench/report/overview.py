@@ -62,8 +62,8 @@ def device_page(device: Device, shipping: Shipping, plotted: bool) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def index_page(devices: Sequence[tuple[Device, Shipping]], gated: bool) -> str:
-    """Markdown of `reports/README.md`. gated: whether there is a report on the gate itself to link to."""
+def index_page(devices: Sequence[tuple[Device, Shipping]], gated: bool, compiled: bool = False) -> str:
+    """Markdown of `reports/README.md`. gated, compiled: whether there is a page on the gate, on what kernels compile to."""
     header = ("device", "switch on", "speed", "real tok/s", "peak memory", "verdict", "measured with", "finished")
     rows = []
     for device, shipping in devices:
@@ -86,7 +86,9 @@ def index_page(devices: Sequence[tuple[Device, Shipping]], gated: bool) -> str:
         "Arrows go from the reference to what ships; verdicts belong to a device and do not carry over to another."
     )
     gate = "\n[The gate itself](gate/README.md): what it catches, what it lets through, and every arm gated in full.\n"
-    return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{how}\n\n{LEGEND}\n{gate if gated else ''}"
+    code_of = "\n[What the kernels compile to](cross_compile/README.md), for GPUs that need not be here: no word on speed.\n"
+    others = (gate if gated else "") + (code_of if compiled else "")
+    return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{how}\n\n{LEGEND}\n{others}"
 
 
 def _speeds(before: Perf | None, after: Perf | None) -> str:

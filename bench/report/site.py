@@ -8,7 +8,7 @@ from pathlib import Path
 from abtest.report import site
 from abtest.report.site import write
 from bench.records import Record
-from bench.report import overview, pages, plots, shipping
+from bench.report import cross_compile, overview, pages, plots, shipping
 from bench.report.devices import Device, load
 from bench.report.text import page_name, prose
 from loop.errors import UserError
@@ -18,7 +18,8 @@ EARLIER = "no: not in the newest run"
 
 
 def render(data_dir: Path, out_dir: Path) -> list[Path]:
-    """Writes the whole report of the records in `data_dir`/<device_slug>/*.jsonl and `data_dir`/gate to `out_dir`.
+    """Writes the whole report of the records in `data_dir`/<device_slug>/*.jsonl, `data_dir`/gate and
+    `data_dir`/cross_compile to `out_dir`.
 
     The files are a function of the records alone. A file that already says the same is left as it is, and a file that an
     earlier rendering made and no record explains any more is removed. Returns the report's files, relative to `out_dir`,
@@ -35,8 +36,9 @@ def differences(data_dir: Path, out_dir: Path) -> list[str]:
 def files(data_dir: Path) -> dict[Path, bytes]:
     """Every file of the report and its bytes, in memory."""
     devices = [(device, shipping.decide(device.current)) for device in load(data_dir)]
-    content = site.files(data_dir)
-    index = overview.index_page(devices, gated=bool(content))
+    content, compiled = site.files(data_dir), cross_compile.files(data_dir)
+    index = overview.index_page(devices, gated=bool(content), compiled=bool(compiled))
+    content |= compiled
     content[Path("README.md")] = index.encode("utf-8", "replace")
     for device, decision in devices:
         if device.slug == data_dir.name:

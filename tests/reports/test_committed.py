@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from abtest.report import records, sensitivity_records
+from bench.cross_compile.records import load
 from bench.records import read
 from bench.report import differences
+from bench.report.devices import NO_DEVICES
+from kernels.cross_compile import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +35,7 @@ def test_rendering_the_committed_records_changes_nothing(reports):
 
 
 def test_committed_records_say_where_they_come_from(reports):
-    paths = sorted(path for path in (reports / "data").glob("*/*.jsonl") if path.parent.name != "gate")
+    paths = sorted(path for path in (reports / "data").glob("*/*.jsonl") if path.parent.name not in NO_DEVICES)
     assert paths
     for path in paths:
         for record in read(path):
@@ -54,3 +57,15 @@ def test_committed_gates_say_where_they_come_from(reports):
         assert len(environment["git_sha"]) == 40 and environment["git_dirty"] is False
         assert command.startswith("python -m abtest.")
         assert recipe["data"].get("path") is None, "a path of somebody's machine"
+
+
+def test_committed_compilations_say_where_they_come_from_and_passed(reports):
+    outcomes = load(reports / "data")
+    if not outcomes:
+        pytest.skip("no cross-compilation was committed")
+    assert {outcome.target for outcome in outcomes} == set(TARGETS)
+    assert len({outcome.git_sha for outcome in outcomes}) == 1, "one record, one commit"
+    for outcome in outcomes:
+        assert len(outcome.git_sha) == 40 and outcome.git_dirty is False
+        assert outcome.passed, f"{outcome.optimization}, {outcome.case}, {outcome.target}: {outcome.faults}"
+        assert {"triton", "ptxas"} <= set(outcome.compilers) or "nvcc" in outcome.compilers
