@@ -1,0 +1,146 @@
+"""linear_cross_entropy as the loss head of a run: models with tied and untied heads, full and LoRA, and what it refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from kernels.linear_cross_entropy import OPTIMIZATION, kernel
+from kernels.linear_cross_entropy.patch import AFTER_THE_HEAD, eligible
+from kernels.supervised_logits.kernel import LEAST_ROWS
+from loop import lora
+from loop.batch import IGNORE, PackedBatch
+from loop.config import Config, LoraConfig
+from loop.model import cross_entropy_head, load_model, plain_micro_step, trainable
+from loop.optim import MasterAdamW
+from loop.run import Run
+from loop.shapes import SHAPES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+V, LENGTH = 331, 48
+
+
+def batch_of(seed: int, counting: float) -> PackedBatch:
+    """Two packs of two documents each; about a part `counting` of the positions is supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(V, (2, LENGTH), generator=generator)
+    labels = ids.roll(-1, dims=1).masked_fill(torch.rand(2, LENGTH, generator=generator) >= counting, IGNORE)
+    labels[:, [19, LENGTH - 1]] = IGNORE
+    positions = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)]).repeat(2, 1)
+    bounds = torch.tensor([0, 20, LENGTH, LENGTH + 20, 2 * LENGTH], dtype=torch.int32)
+    return PackedBatch(ids, labels, positions, bounds, 2 * LENGTH, int((labels != IGNORE).sum()))
+
+
+def built(model: str, method: str, dtype: str = "float32") -> Run:
+    """A run of a named shape, its adapters adding something."""
+    config = Config(model=model, method=method, device=DEVICE.type, dtype=dtype, lora=LoraConfig(rank=4, alpha=8.0))
+    module = load_model(config, V)
+    if method == "lora":
+        lora.attach(module, config.lora, config.seed)
+        for adapter in lora.adapters(module):
+            nn.init.normal_(adapter.b, std=0.02, generator=torch.Generator(DEVICE).manual_seed(1))
+    optimizer = MasterAdamW(trainable(module), config.optim, config.steps)
+    return Run(config, DEVICE, getattr(torch, dtype), module, cross_entropy_head, plain_micro_step, optimizer)
+
+
+def accumulated(run: Run, batches: list[PackedBatch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss sums of the micro-steps, and the gradients that the optimizer has after them."""
+    supervised = sum(batch.supervised_tokens for batch in batches)
+    losses = [run.micro_step(run, batch.to(DEVICE), supervised) for batch in batches]
+    return torch.stack(losses), {name: g for name, g in run.optimizer.gradients().items() if g is not None}
+
+
+def switched_on(run: Run) -> Run:
+    assert OPTIMIZATION.eligible(run) is None
+    OPTIMIZATION.apply(run)
+    assert run.loss_head is kernel.linear_cross_entropy_head
+    return run
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("model", "tied"), [("qwen3.5-tiny", True), ("llama-tiny", True), ("llama-tiny", False), ("qwen3-tiny", False)]
+)
+def test_two_micro_steps_beside_stock(monkeypatch, model, tied, method):
+    monkeypatch.setitem(SHAPES[model][1], "tie_word_embeddings", tied)
+    monkeypatch.setattr(kernel, "rows_a_chunk", lambda rows, vocabulary, itemsize: 21)
+    batches = [batch_of(1, 0.9), batch_of(2, 0.1)]
+    assert batches[1].supervised_tokens < LEAST_ROWS < batches[0].supervised_tokens
+    run = built(model, method)
+    assert (run.model.get_output_embeddings().weight is run.model.get_input_embeddings().weight) is tied
+    losses, gradients = accumulated(run, batches)
+    own_losses, own_gradients = accumulated(switched_on(built(model, method)), batches)
+    torch.testing.assert_close(own_losses, losses, rtol=1e-6, atol=0)
+    assert own_gradients.keys() == gradients.keys() and any("lm_head" in n or "embed" in n for n in gradients) is (
+        method == "full"
+    )
+    for name, gradient in gradients.items():
+        assert (own_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+
+
+def test_a_batch_without_supervised_tokens():
+    run = switched_on(built("qwen2-tiny", "full"))
+    losses, gradients = accumulated(run, [batch_of(1, 0.0)])
+    assert losses.tolist() == [0.0] and gradients
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_weight_gets_its_gradient_once(dtype):
+    found = []
+    for run in (built("llama-tiny", "full", dtype), switched_on(built("llama-tiny", "full", dtype))):
+        weight, calls = run.model.get_output_embeddings().weight, []
+        weight.register_post_accumulate_grad_hook(lambda parameter, calls=calls: calls.append(parameter))
+        _, gradients = accumulated(run, [batch_of(1, 0.9), batch_of(2, 0.5)])
+        assert len(calls) == 2  # one a micro-step
+        found.append(gradients["model.embed_tokens.weight"])
+    stock, own = found
+    assert stock.dtype == own.dtype == torch.float32
+    assert (own - stock).norm() <= (1e-5 if dtype == "float32" else 0.02) * stock.norm()
+
+
+def test_refuses_a_head_that_is_more_than_a_product(monkeypatch):
+    run = built("llama-tiny", "full")
+    head = run.model.lm_head
+    handle = head.register_forward_hook(lambda module, arguments, output: output)
+    assert "hooks" in eligible(run)
+    handle.remove()
+    head.bias = nn.Parameter(torch.zeros(V))
+    assert eligible(run) == "the head has a bias"
+    head.bias = None
+    assert eligible(run) is None
+    run.model.lm_head = nn.Sequential(head)
+    assert "torch.nn.modules.container.Sequential, not a plain nn.Linear" in eligible(run)
+    run.model.lm_head = head.double()
+    assert "torch.float64, not one of torch.bfloat16" in eligible(run)
+    monkeypatch.setattr(run.model, "get_output_embeddings", lambda: None)
+    assert eligible(run) == "LlamaForCausalLM has no output head"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's word on it
+def test_refuses_lora_on_the_head():
+    run = built("llama-tiny", "full")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["lm_head"]), run.model)
+    assert "the head is a peft.tuners.lora.layer.Linear, not a plain nn.Linear" in eligible(run)
+
+
+@pytest.mark.parametrize("name", AFTER_THE_HEAD)
+def test_refuses_logits_that_change_after_the_head(name):
+    run = built("llama-tiny", "full")
+    for neutral in (None, 1.0):
+        setattr(run.model.config, name, neutral)
+        assert eligible(run) is None
+    setattr(run.model.config, name, 30.0)
+    assert eligible(run) == f"the model changes its logits after the head: {name} is 30.0"
+
+
+def test_refuses_another_head_s_place_and_a_box_without_triton(monkeypatch):
+    run = switched_on(built("llama-tiny", "full"))
+    assert eligible(run) == "another optimization already owns the loss head"
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    reason = eligible(SimpleNamespace(loss_head=cross_entropy_head, device=torch.device("cpu"), model=run.model))
+    assert "TRITON_INTERPRET=1" in reason
