@@ -1,0 +1,298 @@
+"""RMSNorm in Triton, alone or with the residual addition before it: kernels, custom ops, autograd, public functions.
+
+With r = (mean(x^2) + eps)^-1/2, n = x r and scale = 1 + w (zero-centred) or w:  y = n scale,  dw = sum over rows of dy n,
+dx = r (c - n mean(c n)) with c = dy scale. Behind an addition x is the sum, and the sum's own gradient is added to dx.
+Backward reads x and r alone; dw is summed first per program, then over programs, in an order that the shape fixes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+TILE = 2048  # elements of a program's tile: 16 a thread in 4 warps, two 16-byte loads of bf16
+TILE_DWEIGHT = 4096  # larger where partial sums are written, so that there are fewer of them
+TILE_INTERPRETED = 1 << 14  # the interpreter's cost is per program, not per element
+ELEMENTS_A_WARP = 512
+PROGRAMS = 256  # that share the rows where dw is wanted: a constant, so that no device sums in another order
+COLUMNS = 16  # of the partial sums that one program adds up
+WIDEST = 1 << 16  # elements of a row, which one program holds in registers
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def _tile(i_tile, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Rows [BT], columns [BD], which rows exist, and which elements of the tile [BT, BD] do."""
+    o_t = i_tile.to(tl.int64) * BT + tl.arange(0, BT)  # int64: an activation may hold more than 2^31 elements
+    o_d = tl.arange(0, BD)
+    m_t = o_t < T
+    return o_t, o_d, m_t, m_t[:, None] & (o_d < D)[None, :]
+
+
+@triton.jit
+def _wide(b_x, dtype: tl.constexpr):
+    """What is to be summed: in fp64 where tensors are fp32, whose last bits show the order of a sum."""
+    return b_x.to(tl.float64) if dtype == tl.float32 else b_x
+
+
+@triton.jit
+def _rstd(b_x, eps, D: tl.constexpr, dtype: tl.constexpr):
+    """fp32 [BT] from fp32 [BT, BD]; its error would be that of a whole row."""
+    b_mean = tl.sum(_wide(b_x, dtype) * _wide(b_x, dtype), axis=1) / D
+    return (1.0 / tl.sqrt(b_mean + eps)).to(tl.float32) if dtype == tl.float32 else tl.rsqrt(b_mean + eps)
+
+
+@triton.jit
+def _scale(p_weight, o_d, D: tl.constexpr, ZERO_CENTRED: tl.constexpr):
+    b_weight = tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)  # [BD]
+    return 1.0 + b_weight if ZERO_CENTRED else b_weight
+
+
+@triton.jit
+def _forward_kernel(
+    p_x, p_residual, p_weight, p_sum, p_y, p_rstd, T, x_stride, residual_stride, eps,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ZERO_CENTRED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    dtype = p_y.dtype.element_ty
+    o_t, o_d, m_t, m_tile = _tile(tl.program_id(0), T, D, BT, BD)
+    o_tile = o_t[:, None] * D + o_d[None, :]
+    b_x = tl.load(p_x + o_t[:, None] * x_stride + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)  # [BT, BD]
+    if ADD:
+        b_residual = tl.load(p_residual + o_t[:, None] * residual_stride + o_d[None, :], mask=m_tile, other=0.0)
+        b_sum = (b_x + b_residual.to(tl.float32)).to(dtype)
+        tl.store(p_sum + o_tile, b_sum, mask=m_tile)
+        b_x = b_sum.to(tl.float32)  # the norm sees the rounded sum, as the reference's does
+    b_rstd = _rstd(b_x, eps, D, dtype)
+    tl.store(p_rstd + o_t, b_rstd, mask=m_t)
+    b_normed = b_x * b_rstd[:, None]
+    if not ZERO_CENTRED:
+        b_normed = b_normed.to(dtype).to(tl.float32)  # where the reference rounds
+    b_y = b_normed * _scale(p_weight, o_d, D, ZERO_CENTRED)[None, :]
+    tl.store(p_y + o_tile, b_y.to(dtype), mask=m_tile)
+
+
+@triton.jit
+def _differentiate_tile(
+    p_dy, p_dsum, p_x, p_rstd, p_dx, b_scale, i_tile, T, dy_stride, dsum_stride, x_stride,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Writes dx of one tile and returns its dy n, wide [BT, BD], zero where there is no element."""
+    dtype = p_dx.dtype.element_ty
+    o_t, o_d, m_t, m_tile = _tile(i_tile, T, D, BT, BD)
+    b_dy = tl.load(p_dy + o_t[:, None] * dy_stride + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + o_t[:, None] * x_stride + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    if ADD:  # asked for before the first barrier, so that it comes with the others
+        b_dsum = tl.load(p_dsum + o_t[:, None] * dsum_stride + o_d[None, :], mask=m_tile, other=0.0)
+    b_rstd = tl.load(p_rstd + o_t, mask=m_t, other=0.0)[:, None]
+    b_normed = b_x * b_rstd
+    b_c = b_dy * b_scale[None, :]
+    b_mean = (tl.sum(_wide(b_c, dtype) * _wide(b_normed, dtype), axis=1) / D).to(tl.float32)
+    b_dx = b_rstd * (b_c - b_normed * b_mean[:, None])
+    if ADD:
+        b_dx += b_dsum.to(tl.float32)
+    tl.store(p_dx + o_t[:, None] * D + o_d[None, :], b_dx.to(dtype), mask=m_tile)
+    return _wide(b_dy, dtype) * _wide(b_normed, dtype)
+
+
+@triton.jit
+def _backward_kernel(
+    p_dy, p_dsum, p_x, p_weight, p_rstd, p_dx, p_partial, T, tiles, dy_stride, dsum_stride, x_stride,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    ZERO_CENTRED: tl.constexpr, ADD: tl.constexpr, DWEIGHT: tl.constexpr,
+):  # fmt: skip
+    """`tiles` consecutive tiles a program, 1 without DWEIGHT; p_partial [programs, D] takes each program's share of dw."""
+    i_program = tl.program_id(0)
+    o_d = tl.arange(0, BD)
+    b_scale = _scale(p_weight, o_d, D, ZERO_CENTRED)
+    if DWEIGHT:
+        b_dweight = _wide(tl.zeros([BT, BD], dtype=tl.float32), p_dx.dtype.element_ty)
+        for i in tl.range(0, tiles):
+            b_dweight += _differentiate_tile(
+                p_dy, p_dsum, p_x, p_rstd, p_dx, b_scale, i_program * tiles + i, T, dy_stride, dsum_stride, x_stride,
+                D, BT, BD, ADD,
+            )  # fmt: skip
+        tl.store(p_partial + i_program.to(tl.int64) * D + o_d, tl.sum(b_dweight, axis=0).to(tl.float32), mask=o_d < D)
+    else:
+        _differentiate_tile(
+            p_dy, p_dsum, p_x, p_rstd, p_dx, b_scale, i_program, T, dy_stride, dsum_stride, x_stride, D, BT, BD, ADD
+        )
+
+
+@triton.jit
+def _reduce_kernel(p_partial, p_dweight, programs, D: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    """p_partial [programs, D] fp32 -> p_dweight [D], BC columns a program."""
+    o_p, o_c = tl.arange(0, BP), tl.program_id(0) * BC + tl.arange(0, BC)
+    dtype = p_dweight.dtype.element_ty
+    m_block = (o_p < programs)[:, None] & (o_c < D)[None, :]
+    b_partial = tl.load(p_partial + o_p[:, None] * D + o_c[None, :], mask=m_block, other=0.0)  # [BP, BC]
+    tl.store(p_dweight + o_c, tl.sum(_wide(b_partial, dtype), axis=0).to(dtype), mask=o_c < D)
+
+
+def tiling(D: int, elements: int) -> dict[str, int]:
+    """A tile of about `elements` in whole rows of D, and its warps. T has no say: a row's bits depend on the row alone."""
+    BD = triton.next_power_of_2(D)
+    BT = max(1, (TILE_INTERPRETED if INTERPRETED.value else elements) // BD)
+    return {"BT": BT, "BD": BD, "num_warps": min(max(BT * BD // ELEMENTS_A_WARP, 1), 16)}
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., D] as [T, D] whose columns lie side by side: a view wherever the strides allow one."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _run_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centred: bool) -> list[Tensor]:
+    """y, rstd and, behind an addition, the sum."""
+    y, rstd, *total = made = _empty_forward(x, residual)
+    if x.numel() == 0:
+        return made
+    rows, D = _rows(x), x.shape[-1]
+    other = rows if residual is None else _rows(residual)
+    tile, T = tiling(D, TILE), rows.shape[0]
+    with _on_device(x):
+        _forward_kernel[(triton.cdiv(T, tile["BT"]),)](
+            rows, other, weight.contiguous(), total[0] if total else y, y, rstd, T, rows.stride(0), other.stride(0), eps,
+            D=D, ZERO_CENTRED=zero_centred, ADD=residual is not None, **tile,
+        )  # fmt: skip
+    return made
+
+
+def _empty_forward(x: Tensor, residual: Tensor | None) -> list[Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    return [y, rstd] if residual is None else [y, rstd, torch.empty(x.shape, dtype=x.dtype, device=x.device)]
+
+
+@torch.library.custom_op("isoloss::rms_norm", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor]:
+    return tuple(_run_forward(x, None, weight, eps, zero_centred))
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor]:
+    return tuple(_empty_forward(x, None))
+
+
+@torch.library.custom_op("isoloss::add_rms_norm", mutates_args=())
+def _add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(_run_forward(x, residual, weight, eps, zero_centred))
+
+
+@_add_forward.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(_empty_forward(x, residual))
+
+
+@torch.library.custom_op("isoloss::rms_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool, with_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return dx, torch.zeros(weight.shape if with_dweight else 0, dtype=weight.dtype, device=x.device)
+    dweight = torch.empty(weight.shape if with_dweight else 0, dtype=weight.dtype, device=x.device)
+    dy, rows, D = _rows(dy), _rows(x), x.shape[-1]
+    dsum_rows = dy if dsum is None else _rows(dsum)
+    tile = tiling(D, TILE_DWEIGHT if with_dweight else TILE)
+    blocks = triton.cdiv(rows.shape[0], tile["BT"])
+    tiles = triton.cdiv(blocks, PROGRAMS) if with_dweight else 1
+    programs = triton.cdiv(blocks, tiles)
+    partial = torch.empty((programs, D) if with_dweight else 0, dtype=torch.float32, device=x.device)
+    with _on_device(x):
+        _backward_kernel[(programs,)](
+            dy, dsum_rows, rows, weight.contiguous(), rstd, dx, partial, rows.shape[0], tiles,
+            dy.stride(0), dsum_rows.stride(0), rows.stride(0),
+            D=D, ZERO_CENTRED=zero_centred, ADD=dsum is not None, DWEIGHT=with_dweight, **tile,
+        )  # fmt: skip
+        if with_dweight:
+            _reduce_kernel[(triton.cdiv(D, COLUMNS),)](
+                partial, dweight, programs, D=D, BP=triton.next_power_of_2(programs), BC=COLUMNS
+            )
+    return dx, dweight
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool, with_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    dweight = torch.empty(weight.shape if with_dweight else 0, dtype=weight.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), dweight
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    """For both ops: x, or the sum in its place, rstd and the weight."""
+    rstd = output[1]
+    ctx.save_for_backward(output[2] if len(output) == 3 else inputs[0], inputs[-3], rstd)
+    ctx.zero_centred = inputs[-1]
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy: Tensor | None, dsum: Tensor | None, with_dweight: bool) -> tuple[Tensor | None, Tensor | None]:
+    if dy is None:  # only the sum was used
+        return dsum, None
+    dx, dweight = _backward(dy, dsum, *ctx.saved_tensors, ctx.zero_centred, with_dweight)
+    return dx, dweight if with_dweight else None
+
+
+def _differentiate(ctx, dy: Tensor | None, _: Tensor | None):
+    dx, dweight = _gradients(ctx, dy, None, ctx.needs_input_grad[1])
+    return dx, dweight, None, None
+
+
+def _differentiate_add(ctx, dy: Tensor | None, _: Tensor | None, dsum: Tensor | None):
+    dx, dweight = _gradients(ctx, dy, dsum, ctx.needs_input_grad[2])
+    return dx, dx, dweight, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_add_forward.register_autograd(_differentiate_add, setup_context=_save)
+
+
+def _check(name: str, weight: Tensor, **activations: Tensor) -> None:
+    """Raises ValueError for what the kernels can't compute."""
+    first = next(iter(activations.values()))
+    sides = {**activations, "weight": weight}
+    if len({(side.dtype, side.device) for side in sides.values()}) > 1 or any(
+        side.shape != first.shape for side in activations.values()
+    ):
+        words = ", ".join(f"{key} {list(side.shape)} {side.dtype} on {side.device}" for key, side in sides.items())
+        raise ValueError(f"{name}: shapes, dtypes and devices must agree: {words}")
+    if first.dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {first.dtype} is not one of {', '.join(map(str, DTYPES))}")
+    if first.ndim == 0 or weight.shape != first.shape[-1:] or not 1 <= weight.numel() <= WIDEST:
+        raise ValueError(
+            f"{name}: rows of {list(first.shape)} need a weight of their length, 1 to {WIDEST}, not {list(weight.shape)}"
+        )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> Tensor:
+    """x [..., D] and weight [D] -> [..., D]: x over its root mean square, times 1 + weight or weight. fp32 inside.
+
+    One dtype (bfloat16, float16 or float32) and one device (CUDA, or CPU in Triton's interpreter); any strides, the result
+    is contiguous. Differentiable once in both; a weight that needs no gradient costs none. Raises ValueError for anything
+    else. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+    _check("rms_norm", weight, x=x)
+    return _forward(x, weight, eps, zero_centred)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor]:
+    """x, residual [..., D] and weight [D] -> (rms_norm(residual + x), residual + x), both [..., D], in one launch.
+
+    The sum is rounded to the dtype before it is normed. Otherwise as `rms_norm`, differentiable in all three.
+    """
+    _check("add_rms_norm", weight, x=x, residual=residual)
+    y, _, total = _add_forward(x, residual, weight, eps, zero_centred)
+    return y, total
