@@ -46,8 +46,8 @@ def planned_units(gate: GateConfig) -> int:
 
 
 def reference_units(gate: GateConfig) -> int:
-    return 8 * gate.probes + (2 + gate.replicas) * gate.steps + 7
+    return 8 * gate.probes + (2 + gate.replicas) * gate.steps + 8
 
 
 def arm_units(gate: GateConfig) -> int:
-    return 4 * gate.probes + gate.steps + 7
+    return 4 * gate.probes + gate.steps + 8

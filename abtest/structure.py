@@ -21,6 +21,8 @@ from loop.run import Run
 from loop.training import accumulate
 
 REPEATS = 20
+TURNS = (1, 5, 3, 1, 1)  # micro-steps with the weights as they are and with others, by turns: no period up to 5 fits in
+OTHERS = 1.0625  # what the others are multiplied by
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def examine(run: Run, own: Sequence[Probe], repeats: int, on_step: Callable[[int
     parts = (
         lambda: inputs_unmodified(run, own[0]),
         lambda: follows_inputs(run, own[0], own[1]),
+        lambda: follows_weights(run, packed),
         lambda: repeated(run, own[1], repeats),
         lambda: from_poisoned_memory(run, own[1:]),
         lambda: second_backward(run, packed),
@@ -107,6 +110,29 @@ def follows_inputs(run: Run, one: Probe, other: Probe) -> list[Finding]:
         Finding("other boundaries give other gradients", joined[0] != between[0]),
     ]
     return found
+
+
+def follows_weights(run: Run, batch: PackedBatch) -> list[Finding]:
+    """Weights change in place, as an optimizer's step changes them: a copy that is only renewed now and then shows."""
+    weights = {name: parameter.detach().clone() for name, parameter in run.optimizer.parameters.items()}
+    marks: tuple[list, list] = [], []
+    try:
+        for turn, count in enumerate(TURNS):
+            _set(run, weights, OTHERS if turn % 2 else 1.0)
+            marks[turn % 2].extend(gradients(run, (batch,)) for _ in range(count))
+    finally:
+        _set(run, weights, 1.0)
+    late = [side for side, own in zip(("first", "other"), marks, strict=True) if any(mark != own[0] for mark in own)]
+    return [
+        Finding("other weights give other gradients", marks[0][0][0] != marks[1][0][0]),
+        Finding("gradients follow weights that change", not late, f"late with the {' and '.join(late)}" if late else ""),
+    ]
+
+
+@torch.no_grad()
+def _set(run: Run, weights: dict[str, torch.Tensor], factor: float) -> None:
+    for name, parameter in run.optimizer.parameters.items():
+        parameter.copy_(weights[name] * factor)
 
 
 def _joined(batch: PackedBatch) -> PackedBatch:

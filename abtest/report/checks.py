@@ -45,6 +45,8 @@ NAMED = {
     "other tokens give other gradients": 5,
     "other labels give other gradients": 5,
     "other boundaries give other gradients": 5,
+    "other weights give other gradients": 5,
+    "gradients follow weights that change": 5,
     "nothing depends on uninitialised memory": 5,
     "a second backward gives the same gradients": 5,
     "editing a document leaves the loss of the others unchanged": 5,

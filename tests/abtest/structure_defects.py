@@ -23,6 +23,7 @@ from abtest.catalogue.patching import (
     with_fields,
     wrap_head,
 )
+from abtest.fingerprint import batch_fingerprint
 from loop.batch import PackedBatch
 from loop.run import Run
 
@@ -34,6 +35,8 @@ AGAIN = "the same batch gives the same gradients after another one"
 TOKENS = "other tokens give other gradients"
 LABELS = "other labels give other gradients"
 BOUNDARIES = "other boundaries give other gradients"
+WEIGHTS = "other weights give other gradients"
+FOLLOWS = "gradients follow weights that change"
 REPEATS = "2 repeats have the same bits"
 MEMORY = "nothing depends on uninitialised memory"
 BACKWARD = "a second backward gives the same gradients"
@@ -42,8 +45,8 @@ GRADIENT_APART = "editing a document leaves the input gradient of the others unc
 STEP_APART = "editing documents outside the loss leaves the micro-step unchanged"
 APART, BACKWARD_APART = (STEP_APART, LOSS_APART, GRADIENT_APART), (STEP_APART, GRADIENT_APART)
 ALL = (
-    INPUTS, STRAY, RANDOM, AGAIN, TOKENS, LABELS, BOUNDARIES, REPEATS, MEMORY, BACKWARD, LOSS_APART, GRADIENT_APART,
-    STEP_APART,
+    INPUTS, STRAY, RANDOM, AGAIN, TOKENS, LABELS, BOUNDARIES, WEIGHTS, FOLLOWS, REPEATS, MEMORY, BACKWARD, LOSS_APART,
+    GRADIENT_APART, STEP_APART,
 )  # fmt: skip
 
 
@@ -152,6 +155,23 @@ def stale_boundaries(run: Run) -> None:
     around_micro_step(run, change)
 
 
+def gradients_by_batch(run: Run) -> None:
+    """A batch that was seen gets the gradients that it had then."""
+    known: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+    def change(original, run: Run, batch: PackedBatch, tokens: int) -> Tensor:
+        key = f"{batch_fingerprint([batch])} {tokens}"
+        if key not in known:
+            loss = original(run, batch, tokens)
+            known[key] = loss, [g.clone() for g in run.optimizer.gradients().values()]
+            return loss
+        loss, gradients = known[key]
+        torch.autograd.backward(list(run.optimizer.parameters.values()), gradients)
+        return loss
+
+    around_micro_step(run, change)
+
+
 def stateful(run: Run) -> None:
     """Something adds up from call to call: an amax, a scale, a step count that is never reset."""
     calls = itertools.count()
@@ -243,6 +263,8 @@ DEFECTS = {
     "batch cached": Defect(cached_batch, (TOKENS, LABELS, BOUNDARIES)),
     "labels stale": Defect(stale_labels, (LABELS,), alone=False),
     "boundaries stale": Defect(stale_boundaries, (BOUNDARIES,)),
+    "gradients kept by batch": Defect(gradients_by_batch, (WEIGHTS,)),
+    "a weight copied now and then": Defect(find("lora_db_from_stale_a:first:4").apply, (FOLLOWS,), detail="late with the"),
     "a state kept": Defect(stateful, (AGAIN, REPEATS), alone=False),
     "noise": Defect(noise, (AGAIN, REPEATS), alone=False, detail="differ"),
     "row unwritten": Defect(unwritten_row, (MEMORY,), detail="nan, 10000"),

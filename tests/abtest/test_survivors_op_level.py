@@ -12,12 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from planted_op import changed_part, check_planted
+from tiny import tiny
 
 from abtest.catalogue import Case, cases, catalogue
 from abtest.catalogue.op_level import NAMES, OP_LEVEL_TESTS
+from abtest.catalogue.patching import pick
 from abtest.report.op_level import op_level_tests
 from abtest.verdict import Level
+from loop.lora import Adapter, adapters
+from loop.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = catalogue()
@@ -68,6 +73,40 @@ def test_what_the_gate_let_through_shows_whatever_the_seed(case_id: str, seed: i
     assert not check_planted(Case(KNOWN[name], layer, float(magnitude)), "bfloat16", seed).passed
 
 
+@pytest.mark.parametrize("micro_steps", [4.0, 1000.0])
+def test_a_copy_of_a_weight_shows_once_the_weight_moves(micro_steps: float, one_thread) -> None:
+    """A defect that keeps a state: its adapter alone, called again and again while A moves, beside the same one without."""
+    sides = [alone(tiny(method="lora")[0]) for _ in range(2)]
+    Case(KNOWN["lora_db_from_stale_a"], "first", micro_steps).apply(sides[0][0])
+    same = [torch.equal(*(moved_db(run, adapter, turn) for run, adapter in sides)) for turn in range(6)]
+    assert same[0] and not all(same)
+
+
+def alone(run: Run) -> tuple[Run, Adapter]:
+    """A run whose micro-step is nothing but the adapter that a case picks as the first one, on a random input."""
+    found = {adapter.name: adapter for adapter in adapters(run.model)}
+    adapter = found[pick(found, "first")]
+    x = torch.randn(1, 32, adapter.a.shape[1], generator=torch.Generator().manual_seed(0))
+
+    def micro_step(run: Run, batch: None, tokens: int) -> torch.Tensor:
+        loss = run.model.get_submodule(adapter.name)(x).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    run.micro_step = micro_step
+    return run, adapter
+
+
+def moved_db(run: Run, adapter: Adapter, turn: int) -> torch.Tensor:
+    """dB of one micro-step, for which A has grown a little since the one before."""
+    with torch.no_grad():
+        adapter.a.mul_(1 + 0.01 * (turn > 0))
+    run.micro_step(run, None, 1)
+    gradient = run.optimizer.gradients()[f"{adapter.name}.lora_B.weight"].clone()
+    run.optimizer.zero_grad()
+    return gradient
+
+
 def test_no_defect_of_one_op_is_left_out(one_thread) -> None:
     own = [planted for planted in KNOWN.values() if planted.kind == "mutant" and planted.family not in RUN_ONLY]
     assert {*NAMES} <= {planted.name for planted in own}
@@ -78,7 +117,7 @@ def test_no_defect_of_one_op_is_left_out(one_thread) -> None:
 
 
 def test_every_test_that_is_named_exists() -> None:
-    assert op_level_tests() == OP_LEVEL_TESTS and {*OP_LEVEL_TESTS} == {*NAMES}
+    assert op_level_tests() == OP_LEVEL_TESTS and {*OP_LEVEL_TESTS} == {*NAMES, "lora_db_from_stale_a"}
     files = sorted({test.partition("::")[0] for test in OP_LEVEL_TESTS.values()})
     words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120, check=True)
