@@ -35,6 +35,7 @@ class MasterAdamW:
         self.hooks: list[RemovableHandle] = []
         self.parameters = parameters
         self.masters = {name: self._master(parameter) for name, parameter in parameters.items()}
+        self.collectors = {parameter: self.masters[name] for name, parameter in parameters.items()}
         groups = [
             {"params": [m for m in self.masters.values() if m.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [m for m in self.masters.values() if m.ndim < 2], "weight_decay": 0.0},
@@ -49,6 +50,8 @@ class MasterAdamW:
         master = parameter.detach().float().clone()
 
         def accumulate(p: torch.Tensor) -> None:
+            if p.grad is None:  # torch also calls where backward gave none: it went to the collector
+                return
             gradient = p.grad.float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             p.grad = None
@@ -61,6 +64,14 @@ class MasterAdamW:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        self.collectors.clear()
+
+    def collector(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """The fp32 tensor whose `.grad` adds up this parameter's gradient; None for one that is not here, or once released.
+
+        A backward that adds to that `.grad` itself must give autograd no gradient for the parameter, or it counts twice.
+        """
+        return self.collectors.get(parameter)
 
     def gradients(self) -> dict[str, torch.Tensor | None]:
         """fp32 gradients accumulated so far, by canonical name; None for a tensor that got none."""

@@ -131,6 +131,43 @@ def test_gradients_of_bf16_parameters_add_up_in_fp32():
     assert naive.tolist() == [1.0] * 4
 
 
+class DeliversItself(torch.autograd.Function):
+    """x -> sum of parameter * x, whose backward adds to the parameter's sum and gives autograd no gradient for it."""
+
+    @staticmethod
+    def forward(ctx, parameter: nn.Parameter, x: torch.Tensor, optimizer: MasterAdamW) -> torch.Tensor:
+        ctx.held = parameter, x, optimizer
+        return (parameter * x).sum()
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> tuple[None, None, None]:
+        parameter, x, optimizer = ctx.held
+        collector, own = optimizer.collector(parameter), (dy * x).float()
+        collector.grad = own if collector.grad is None else collector.grad.add_(own)
+        return None, None, None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_delivered_to_the_collector_counts_once(dtype):
+    """Alone, before and after one that autograd delivers, and through a step that clears it."""
+    parameter = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = MasterAdamW({"p": parameter}, CONFIG, STEPS)
+    assert optimizer.collector(parameter) is optimizer.masters["p"]
+    assert optimizer.collector(nn.Parameter(torch.ones(3))) is None
+    own, autograd_s = torch.tensor([2.0, -1.0, 0.5], dtype=dtype), torch.tensor([0.25, 3.0, 1.0], dtype=dtype)
+    DeliversItself.apply(parameter, own, optimizer).backward()
+    assert optimizer.gradients()["p"].tolist() == own.tolist()
+    (parameter * autograd_s).sum().backward()
+    DeliversItself.apply(parameter, own, optimizer).backward()
+    (DeliversItself.apply(parameter, own, optimizer) + (parameter * autograd_s).sum()).backward()  # in one backward
+    assert optimizer.gradients()["p"].tolist() == (3 * own + 2 * autograd_s).tolist()
+    _, norm = optimizer.step(0)
+    assert float(norm) == pytest.approx(float((3 * own + 2 * autograd_s).float().norm()))
+    assert optimizer.gradients() == {"p": None} and parameter.grad is None
+    optimizer.release()
+    assert optimizer.collector(parameter) is None
+
+
 def test_updates_too_small_for_bf16_are_kept():
     config = OptimConfig(lr=1e-4, weight_decay=0.0, warmup_steps=0, min_lr_ratio=1.0)
     parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
