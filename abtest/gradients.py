@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from abtest.limits import ALPHA_BETTER, ALPHA_T, ROW_FLOOR
+from abtest.limits import ALPHA_BETTER, ALPHA_T, NOTHING, ROW_FLOOR
 
 SMALL = 64  # tensors with fewer elements are pooled across layers
 FAINT = 1e-8  # of the mean |g*|^2: a batch with less is compared with so much, or it would outweigh every other
@@ -136,7 +136,7 @@ def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]
             errors.append(math.sqrt(_relative(own, norms) / len(norms)))
         ratios[key] = _ratio(own, other, norms)
     alphas = {key: _alpha(reference, candidate, groups[key]) for key in ratios}
-    rows = {name: _worst_row(reference.rows[name], candidate.rows[name]) for name in reference.rows}
+    rows = {name: _worst_row(own, candidate.rows[name], sum(reference.norm[name])) for name, own in reference.rows.items()}
     few = {key: ratio for key, ratio in ratios.items() if sum(sizes[name] for name in groups[key]) < SMALL}
     many = {key: ratio for key, ratio in ratios.items() if key not in few}
     rho_name, few_name, alpha_name, row_name = (_worst(values) for values in (many, few, alphas, rows))
@@ -177,7 +177,8 @@ def _ratio(reference: list[float], candidate: list[float], norm: list[float]) ->
         return 1.0
     if any(n == 0 and own == 0 and other != 0 for own, other, n in zip(reference, candidate, norm, strict=True)):
         return math.inf
-    own, other = _relative(reference, norm), _relative(candidate, norm)
+    nothing = NOTHING**2 * sum(n > 0 for n in norm)
+    own, other = _relative(reference, norm) + nothing, _relative(candidate, norm) + nothing
     return math.sqrt(other / own) if own > 0 else math.inf
 
 
@@ -198,9 +199,10 @@ def _alpha(reference: Distances, candidate: Distances, names: list[str]) -> floa
     return abs(mean) if abs(mean) > ALPHA_T * spread and not better else 0.0
 
 
-def _worst_row(reference: torch.Tensor, candidate: torch.Tensor) -> float:
-    """The largest row error ratio; a row's error counts as at least `ROW_FLOOR` of the mean row's (RMS): rows that the
-    reference happens to hit, or that have next to no gradient, would divide by nothing."""
-    floor = reference.mean() * ROW_FLOOR**2
+def _worst_row(reference: torch.Tensor, candidate: torch.Tensor, norm: float) -> float:
+    """The largest row error ratio; a row's error counts as at least `ROW_FLOOR` of the mean row's (RMS), and as `NOTHING` of
+    the mean row's gradient: rows that the reference happens to hit, or that have next to no gradient, would divide by
+    nothing. norm: |g*|^2 over all batches."""
+    floor = reference.mean() * ROW_FLOOR**2 + NOTHING**2 * norm / len(reference)
     ratio = ((candidate + floor) / (reference + floor)).nan_to_num(nan=1.0 if not candidate.isnan().any() else math.inf)
     return math.sqrt(float(ratio.max()))

@@ -155,7 +155,8 @@ def arm(counts: dict, gradients: str = "g", replays: int = 0, red: bool | None =
     run = {"loss": [1.0], "gradients": [gradients], "state": ["s"], "rng": ["r"], "lr": [0.1], "batch": ["b"], "still": []}
     run |= {"supervised": [7], "replays": replays, "micro_steps": 4}
     wire = None if red is None else {"red": red, "detail": "nothing happened"}
-    return Evidence(build, run, work=counts, tripwire=wire)
+    update = {"problems": [], "error": 0.0, "limit": 1.0, "name": "p"}
+    return Evidence(build, run, update=update, work=counts, tripwire=wire)
 
 
 def failing(candidate: Evidence, wanted: tuple[str, ...] = ("own",)) -> list[tuple[str, str]]:

@@ -156,8 +156,9 @@ def test_a_gradient_where_there_should_be_none_fails(truth, which):
     assert found.rho == math.inf and found.rho_name == name
 
 
-def test_a_reference_without_error_allows_none(truth):
-    assert judged(noisy(truth, 2), truth, reference=truth).rho == math.inf
+def test_a_reference_without_error_allows_next_to_none(truth):
+    assert judged(noisy(truth, 2), truth, reference=truth).rho > 1000
+    assert not failing(judged(noisy(truth, 2, noise=1e-6), truth, reference=truth))
     assert not failing(judged(truth, truth, reference=truth))
 
 
@@ -191,6 +192,16 @@ def test_views_of_one_buffer_that_take_turns_are_not_aliased():
         "k: shares memory with the gradient of q"
     ]  # whose first column is q's last
     assert problems(views | {"v": joint.reshape(-1)[20:44].reshape(6, 4)}) == ["v: shares memory with the gradient of q"]
+
+
+@pytest.mark.parametrize(("noise", "flagged"), [(1e-6, False), (2e-5, True)])
+def test_luck_with_one_ill_conditioned_token_is_no_defect_below_what_counts_as_none(truth, noise, flagged):
+    """In one probe one token's rounding is blown up, in the candidate thirty times as much as in the reference."""
+    reference, candidate = noisy(truth, 1, noise), noisy(truth, 2, noise)
+    for side, times in ((reference, 1), (candidate, 30)):
+        side[4]["layers.0.up.weight"][7] *= 1 + times * noise
+        side[4]["layers.0.up.weight"] *= 1 + times * noise / 3
+    assert bool(failing(judged(candidate, truth, reference))) is flagged
 
 
 def test_a_probe_without_a_gradient_neither_passes_everything_nor_fails_everyone(truth):

@@ -1,4 +1,7 @@
-"""Every optimization with an op as a pytest-benchmark: checked first, and timed only if it matches."""
+"""Every optimization with an op as a pytest-benchmark: checked first, and timed only if it matches.
+
+Several processes at a time (`make test`) would time each other: there the op runs once, and no time is taken.
+"""
 
 from __future__ import annotations
 
@@ -35,4 +38,4 @@ def test_micro_benchmark(name, benchmark):
 
     benchmark.extra_info["workload"] = workload.name
     benchmark.pedantic(finished_step, rounds=20, warmup_rounds=3)
-    assert benchmark.stats.stats.rounds == 20
+    assert not benchmark.enabled or benchmark.stats.stats.rounds == 20
