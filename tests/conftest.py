@@ -17,6 +17,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any test module
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each on two cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(1)
 
 if TYPE_CHECKING:
     from kernels.contract import Needs
