@@ -12,9 +12,9 @@ RHO = 1.5  # the worst parameter
 RHO_FEW = 3.0  # the worst one with less than 64 elements in all layers together: a dozen numbers leave much to luck
 GEOMEAN = 1.15  # the geometric mean over parameters
 ROW = 6.0  # the worst row of any parameter
-# A relative gradient error that counts as none, of either arm: some forty roundings in fp32. One ill-conditioned token makes
+# A relative gradient error that counts as none, of either arm: some eighty roundings in fp32. One ill-conditioned token makes
 # fp32 errors of one arm ten times the other's by luck; in bf16 every error is far above this.
-NOTHING = 5e-6
+NOTHING = 1e-5
 ROW_FLOOR = 0.3  # a row's error counts as at least so much of the mean row's; a tenth flagged FLA on rows without a gradient
 ALPHA = 0.003  # scale error <g, g*> / |g*|^2 beside the reference's, where it is significant
 ALPHA_BETTER = 0.006  # the same where the candidate is nearer to the truth; by more, the reference itself is in doubt
