@@ -12,8 +12,8 @@ RHO = 1.5  # the worst parameter
 RHO_FEW = 3.0  # the worst one with less than 64 elements in all layers together: a dozen numbers leave much to luck
 GEOMEAN = 1.15  # the geometric mean over parameters
 ROW = 6.0  # the worst row of any parameter
-# A relative gradient error that counts as none, of either arm: some eighty roundings in fp32. One ill-conditioned token makes
-# fp32 errors of one arm ten times the other's by luck; in bf16 every error is far above this.
+# A relative gradient error that counts as none, of either arm: some eighty roundings in fp32. One ill-conditioned token
+# makes fp32 errors of one arm ten times the other's by luck; in bf16 every error is far above this.
 NOTHING = 1e-5
 ROW_FLOOR = 0.3  # a row's error counts as at least so much of the mean row's; a tenth flagged FLA on rows without a gradient
 ALPHA = 0.003  # scale error <g, g*> / |g*|^2 beside the reference's, where it is significant
