@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class Arm:
 
     def __init__(self, spec: ArmSpec, log_folder: Path, environment: dict[str, str]) -> None:
         self.spec = spec
+        self.seconds: dict[str, float] = {}  # what every command took, over all calls; arms may share one
         self.log = log_folder / f"{spec.name}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -81,6 +83,14 @@ class Arm:
 
     def call(self, command: str, on_step: OnStep | None = None, **arguments: Any) -> dict[str, Any]:
         """Sends `command` and waits for the answer. Raises ArmFailed, or UserError for a mistake of the user's."""
+        began = time.monotonic()
+        try:
+            return self._ask(command, on_step, arguments)
+        finally:
+            key = f"{self.spec.name}: {command}"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.monotonic() - began
+
+    def _ask(self, command: str, on_step: OnStep | None, arguments: dict[str, Any]) -> dict[str, Any]:
         try:
             print(json.dumps({"command": command, **arguments}), file=self.process.stdin, flush=True)
         except BrokenPipeError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from abtest import gate, states, trace
-from abtest.arm import Arm, ArmSpec
+from abtest.arm import Arm, ArmFailed, ArmSpec
 from abtest.census import changes
 from abtest.evidence import Evidence, noise_floor
 from abtest.gradients import Comparison, compare
@@ -26,6 +28,8 @@ from loop.config import Config
 RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm
 TRIPWIRE_PROBES = 3
 STRUCTURE_PROBES = (0, 1, 2)  # a real pack, a tricky one, two rows
+# Replicas recompute nothing where memory allows it: their losses are the reference's, and they take a third less time.
+UNCHECKPOINTED = "keep_activations"
 
 
 @dataclass
@@ -40,6 +44,16 @@ class Candidate:
     evidence: Evidence | None
     compared: dict[str, Comparison] = field(default_factory=dict)
     trace: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """What an arm reported before the reference was through; `error` ended it early."""
+
+    arm: Arm
+    evidence: Evidence | None
+    error: ArmFailed | None
+    seconds: float
 
 
 class Experiment:
@@ -62,6 +76,9 @@ class Experiment:
         self.spare: Arm | None = None
         self.repeat_arm: Arm | None = None
         self.seconds: dict[str, float] = {}
+        self.calls: dict[str, float] = {}  # seconds an arm took over a command, "stock: overfit" for example
+        self.early: dict[ArmSpec, _Collected] = {}
+        self.starting, self.memorised_by_heart = threading.Lock(), threading.Event()
         self.reference_arm = self._arm(ArmSpec("stock", config, base))
         self.truths = Truths(lambda: self._arm(ArmSpec("oracle", config, exact=True)), settings, self.weights, on_progress)
 
@@ -69,7 +86,8 @@ class Experiment:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for arm in (self.reference_arm, self.repeat_arm, self.truths.arm, self.spare):
+        own = (self.reference_arm, self.repeat_arm, self.truths.arm, self.spare)
+        for arm in (*own, *(collected.arm for collected in self.early.values())):
             if arm is not None:
                 arm.__exit__(kind, error, trace)
 
@@ -80,9 +98,10 @@ class Experiment:
 
     def _arm(self, spec: ArmSpec) -> Arm:
         """An arm's process, and one more for the arm after it: importing takes as long as gating a small model."""
-        arm = self.spare or Arm(spec, self.folder, self.environment)
-        self.spare = Arm(ArmSpec(f"after {spec.name}", self.config), self.folder, self.environment)
-        arm.spec = spec
+        with self.starting:
+            arm = self.spare or Arm(spec, self.folder, self.environment)
+            self.spare = Arm(ArmSpec(f"after {spec.name}", self.config), self.folder, self.environment)
+        arm.spec, arm.seconds = spec, self.calls
         return arm
 
     def _step(self, arm: str, phase: str) -> Callable[[int, int], None]:
@@ -97,8 +116,9 @@ class Experiment:
 
     # The reference, and all that candidates are compared with
 
-    def prepare(self) -> None:
-        """Runs the reference, its oracle, its repeat and its kicked replicas."""
+    def prepare(self, first: ArmSpec | None = None) -> None:
+        """Runs the reference, its oracle, its repeat and its kicked replicas; beside them, where arms may work in parallel,
+        also the arm that will be gated first."""
         began = time.monotonic()
         reference = self.reference_arm
         self.repeat_arm = self._arm(ArmSpec("stock again", self.config, self.base))
@@ -115,33 +135,27 @@ class Experiment:
             lambda: self.truths.prefetch(self.states[:1]),
         )
         self.repeat = Evidence(again, repeated)
-        with ExitStack() as helpers:
-            arms = [self.repeat_arm]
-            for index in range(min(self.settings.parallel - 2, self.settings.replicas - 1)):
-                arms.append(helpers.enter_context(self._arm(ArmSpec(f"replica {index}", self.config, self.base))))
-            shares = [(arm, list(range(self.settings.replicas))[index :: len(arms)]) for index, arm in enumerate(arms)]
-            evidence, _, *losses = self._together(
-                lambda: self._evidence(reference, build, run, candidate=False),
-                self._exact_rest,
-                *(lambda arm=arm, seeds=seeds: self._replicas(arm, seeds) for arm, seeds in shares),
-            )
-        self.reference = evidence
-        self.replicas = [loss for share in losses for loss in share]
+        beside = [lambda: self._collect_early(first)] if first is not None and self.settings.parallel > 1 else []
+        self.reference, _, self.replicas, *_ = self._together(
+            lambda: self._reference_evidence(build, run), self._exact_rest, self._replicas, *beside
+        )
         self.sigma = noise_floor(run["loss"], self.replicas)
         self.seconds["prepare"] = time.monotonic() - began
 
     def _exact_rest(self) -> None:
         """The oracle's other states, and its trace; then it makes room."""
-        self.truths.prefetch(self.states[1:])
+        self.truths.prefetch(self.states[1:-1])
         self.oracle_trace = self._trace(self.truths.arm)
+        self.memorised_by_heart.wait()
+        self.truths.prefetch(self.states[-1:])
         self.truths.end()
 
     def _train(self) -> dict:
-        """The reference's free run, which leaves its weights at three states, and then the overfit state."""
-        _, slow, late, overfit = self.states
+        """The reference's free run, which leaves its weights at three states."""
+        _, slow, late, _ = self.states
         steps = self.settings.steps
         at = {str(steps // 3): self.weights[slow], str(steps - 1): self.weights[late]}
-        answer = self.reference_arm.call(
+        return self.reference_arm.call(
             "free_run",
             self._step("stock", "training"),
             steps=steps,
@@ -149,22 +163,37 @@ class Experiment:
             slow=str(steps // 3),
             resync_to=self.resync,
         )
-        self.memorised = self.reference_arm.call("overfit", path=self.weights[overfit])
-        return answer
 
     def _free_run(self, arm: Arm, phase: str = "training", resync: dict[str, str] | None = None, **arguments: Any) -> dict:
         step = self._step(arm.spec.name, phase)
         resync = self.resync if resync is None else resync
         return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
 
-    def _replicas(self, arm: Arm, seeds: Sequence[int]) -> list[list[float]]:
-        if not hasattr(arm, "built"):
+    def _replicas(self) -> list[list[float]]:
+        """The losses of every kicked reference."""
+        try:
+            return self._replicas_with((*self.base, UNCHECKPOINTED))
+        except ArmFailed:  # what it keeps did not fit beside the others after all
+            return self._replicas_with(self.base)
+
+    def _replicas_with(self, optimizations: tuple[str, ...]) -> list[list[float]]:
+        with self._arm(ArmSpec("replicas", self.config, optimizations)) as arm:
             arm.build()
-        return [self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"] for seed in seeds]
+            seeds = range(self.settings.replicas)
+            return [self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"] for seed in seeds]
 
     # An arm's evidence
 
+    def _reference_evidence(self, build: dict, run: dict) -> Evidence:
+        """The overfit state, for which all others wait, and then what every arm reports."""
+        try:
+            self.memorised = self.reference_arm.call("overfit", path=self.weights[self.states[-1]])
+        finally:
+            self.memorised_by_heart.set()
+        return self._evidence(self.reference_arm, build, run, candidate=False)
+
     def _evidence(self, arm: Arm, build: dict, run: dict, candidate: bool) -> Evidence:
+        """All but the tripwire."""
         gradients = {state: self._gradients(arm, state) for state in self.states}
         if not candidate:
             for state, answer in gradients.items():
@@ -180,12 +209,13 @@ class Experiment:
         step = self._step(arm.spec.name, "structure")
         findings = arm.call("structure", step, **slow, indexes=list(STRUCTURE_PROBES), repeats=repeats)["findings"]
         work = arm.call("work", **slow, index=1)
-        wire = self._tripwire(arm, work) if candidate else None
         update = arm.call("update", **slow)
         findings += update.pop("findings")
-        return Evidence(build, run, gradients, findings, update, work, wire, arm.call("autotuned"))
+        return Evidence(build, run, gradients, findings, update, work, None, arm.call("autotuned"))
 
     def _gradients(self, arm: Arm, state: str) -> dict:
+        if state == states.OVERFIT:
+            self.memorised_by_heart.wait()
         for index in range(self.settings.probes):
             arm.call("gradients", **self.truths.at(state), index=index, truth=self.truths.get(state, index))
             self.on_progress(arm.spec.name, f"gradients, {state}", index + 1, self.settings.probes)
@@ -216,25 +246,45 @@ class Experiment:
         return gate.repeats(self.reference, self.repeat)
 
     def gate_arm(self, spec: ArmSpec, claim: Exactness, traced: bool = False) -> Candidate:
-        """Builds and runs an arm in a fresh process and judges it. The caller ends the arm. Raises ArmFailed."""
-        began = time.monotonic()
+        """Builds and runs an arm in a fresh process, if that is not done yet, and judges it. The caller ends the arm. Raises
+        ArmFailed."""
+        collected = self.early.pop(spec, None) or self._collect(spec)
+        began, arm, evidence = time.monotonic() - collected.seconds, collected.arm, collected.evidence
         with ExitStack() as stack:
-            arm = stack.enter_context(self._arm(spec))
-            build = arm.build()
-            evidence = None
-            if not build["refused"]:
-                evidence = self._evidence(arm, build, self._free_run(arm), candidate=True)
+            stack.push(arm)
+            if collected.error is not None:
+                raise collected.error
+            if evidence is not None:
+                evidence = dataclasses.replace(evidence, tripwire=self._tripwire(arm, evidence.work))
             rows = self._compare_traces(arm) if traced and evidence is not None else []
             stack.pop_all()  # it goes on living, for timing
         self.seconds[spec.name] = time.monotonic() - began
         if evidence is None:
             named = len(spec.optimizations) > 1
-            reason = "; ".join(f"{name}: {why}" if named else why for name, why in build["refused"].items())
+            reason = "; ".join(f"{name}: {why}" if named else why for name, why in arm.built["refused"].items())
             return Candidate(arm, Verdict(Level.NOT_RUN, reason), None)
         wanted = (*spec.optimizations, *([spec.planted] if spec.planted else []))
         compared = self._compare(evidence)
         verdict = gate.judge(claim, self.reference, self.repeat, evidence, wanted, self.sigma, compared)
         return Candidate(arm, verdict, evidence, compared, rows)
+
+    def _collect_early(self, spec: ArmSpec) -> None:
+        self.early[spec] = self._collect(spec)
+
+    def _collect(self, spec: ArmSpec) -> _Collected:
+        """An arm's evidence but for the tripwire, which has to know what the reference did."""
+        began, evidence, error = time.monotonic(), None, None
+        arm = self._arm(spec)
+        try:
+            build = arm.build()
+            if not build["refused"]:
+                evidence = self._evidence(arm, build, self._free_run(arm), candidate=True)
+        except ArmFailed as failed:
+            error = failed
+        except BaseException:
+            arm.__exit__(None, None, None)
+            raise
+        return _Collected(arm, evidence, error, time.monotonic() - began)
 
     def _compare(self, evidence: Evidence) -> dict[str, Comparison]:
         elements = self.reference.build["elements"]

@@ -42,6 +42,7 @@ from loop.model import resolve_device
 from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
+SHORTEST_CALL = 0.5  # seconds; what took less is not listed
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _gate(
     spec = ArmSpec(" + ".join(names), config, tuple(command.optimization), command.plant)
     with Experiment(config, command.gate, scratch, dict(os.environ), progress) as experiment:
         try:
-            experiment.prepare()
+            experiment.prepare(spec)
         except ArmFailed as error:
             progress.say(error.output)
             raise UserError(f"without its reference nothing can be compared: {error}") from error
@@ -188,7 +189,7 @@ def _record(
         seconds={
             "prepare": experiment.seconds.get("prepare", 0.0), "candidate": experiment.seconds.get(name, 0.0),
             "total": time.monotonic() - began,
-        },
+        } | {call: value for call, value in experiment.calls.items() if value >= SHORTEST_CALL},
         notes=_notes(experiment, evidence),
     )  # fmt: skip
 

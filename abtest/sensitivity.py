@@ -53,7 +53,7 @@ class Command(Config):
     only: tuple[str, ...] = ()  # names or families of the catalogue; empty: all of it
     carrier: tuple[str, ...] = ("auto",)  # on in every arm; auto: ssm_fast_path on CUDA, none elsewhere
     sweep: bool = True  # look for the smallest scale error of one projection that is caught
-    processes: int = 0  # gates at a time; 0: one a core, at most 8 on a GPU
+    processes: int = 0  # gates at a time, by turns on all GPUs; 0: one a core, at most 8 a GPU
     units: Path = Path(".cache/isoloss/sensitivity")  # finished units of a run that was cut; the next run goes on from them
     gate: GateConfig = field(default_factory=GateConfig)
     reports: Path = ROOT / "reports"
@@ -168,17 +168,21 @@ def processes(command: Command, device: torch.device) -> int:
     if command.processes:
         return command.processes
     cores = len(os.sched_getaffinity(0))
-    return min(cores, 8) if device.type == "cuda" else cores
+    return min(cores, 8 * max(len(gpus()), 1)) if device.type == "cuda" else cores
 
 
 def run_units(units: list[Unit], workers: int, store: UnitStore) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Every unit that `store` lacks in a process of its own, `workers` at a time; all lines in the order of the units."""
     context = multiprocessing.get_context("spawn")
+    turn = context.Value("i", 0)
     done = {index: kept for index, unit in enumerate(units) if (kept := store.get(unit)) is not None}
     if done:
         print(f"{len(done)} of {len(units)} units were finished by an earlier run", file=sys.stderr, flush=True)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="isoloss-") as scratch, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=take_gpu, initargs=(turn, gpus())) as pool,
+    ):
         running = {
             pool.submit(run_unit, unit, Path(scratch) / str(index)): index
             for index, unit in enumerate(units)
@@ -191,6 +195,21 @@ def run_units(units: list[Unit], workers: int, store: UnitStore) -> tuple[list[d
             _tell(f"[{time.monotonic() - began:5.0f} s] {len(done)}/{len(units)}", units[index], done[index][0])
     ordered = [done[index] for index in sorted(done)]
     return [line for lines, _ in ordered for line in lines], [line for _, sweep in ordered for line in sweep]
+
+
+def gpus() -> tuple[str, ...]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
+
+
+def take_gpu(turn: Any, names: tuple[str, ...]) -> None:
+    """In a worker of the pool, before anything uses CUDA: the workers share the GPUs by turns."""
+    if len(names) < 2:
+        return
+    with turn.get_lock():
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[turn.value % len(names)]
+        turn.value += 1
 
 
 def _tell(prefix: str, unit: Unit, lines: list[dict[str, Any]]) -> None:

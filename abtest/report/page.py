@@ -202,12 +202,15 @@ def _autotune(record: GateRecord) -> str:
 
 def _provenance(gated: Gated) -> str:
     record = gated.record
-    spent = ", ".join(f"{prose(name)} {number(value, 4)} s" for name, value in record.seconds.items())
+    spent = ", ".join(f"{prose(name)} {number(value, 4)} s" for name, value in record.seconds.items() if ": " not in name)
+    calls = sorted(((value, name) for name, value in record.seconds.items() if ": " in name), reverse=True)
+    rows = [(*map(prose, name.split(": ", 1)), number(value, 3)) for value, name in calls]
     older = f" {gated.older} older {'record' if gated.older == 1 else 'records'} not shown." if gated.older else ""
     environment = {key: value for key, value in record.environment.items() if key != "paths"}
     parts = [
         f"Run {code(record.run_id)}, finished {prose(record.finished_at)}.{older}",
         f"Time it took: {spent}." if spent else "",
+        folded("What arms were asked for, side by side", ("arm", "command", "seconds"), rows, numeric=(2,)) if rows else "",
         f"```sh\n{shell(record.command)}\n```" if one_line(record.command) else "",
         facts({key: value for key, value in record.recipe.items() if value is not None}) if record.recipe else "",
         "Data:\n\n" + facts(record.data) if record.data else "",

@@ -33,7 +33,7 @@ class GateRecord:
     reference over the reference's norm, beside: that of reference and oracle. census: {"reference", "candidate": what ran,
     counted by name or by kind and name; "new", "gone": names}, empty where the candidate did not get that far. op: rows
     {"workload", "seed", "level", "reason"} and perhaps "op". autotune: the configuration that each kernel chose.
-    seconds: "prepare", "candidate", "total".
+    seconds: "prepare", "candidate", "total", and "arm: command" for what an arm was asked to do.
     """
 
     run_id: str

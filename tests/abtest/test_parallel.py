@@ -1,0 +1,123 @@
+"""Arms that work side by side: the same evidence as one after the other, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+
+import pytest
+import torch
+from tiny import CONFIG as TINY
+
+from abtest import sensitivity
+from abtest.arm import ArmFailed, ArmSpec
+from abtest.experiment import UNCHECKPOINTED, Experiment
+from abtest.in_process import InProcessExperiment
+from abtest.settings import GateConfig
+from abtest.verdict import Level
+from kernels.contract import Exactness
+from loop.config import DataConfig
+
+CONFIG = dataclasses.replace(TINY, steps=4, data=DataConfig(pack_length=64), gradient_checkpointing=True)
+SETTINGS = GateConfig(steps=4, replicas=2, probes=3, repeats=2)
+FIRST = ArmSpec("keep_activations", CONFIG, ("keep_activations",))
+
+
+def silent(arm: str, phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@pytest.fixture
+def settings(tmp_path) -> GateConfig:
+    return dataclasses.replace(SETTINGS, oracle_cache=tmp_path / "oracle")
+
+
+@pytest.fixture
+def experiment(tmp_path, settings):
+    """Its folder is a fresh one, and its arms are processes, three at a time."""
+    (tmp_path / "gate").mkdir()
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    with Experiment(CONFIG, dataclasses.replace(settings, parallel=3), tmp_path / "gate", environment, silent) as made:
+        yield made
+
+
+def test_the_first_arm_beside_the_reference_gets_the_verdict_it_gets_alone(experiment, settings, tmp_path, one_thread):
+    experiment.prepare(FIRST)
+    assert list(experiment.early) == [FIRST]
+    beside = experiment.gate_arm(FIRST, Exactness.BITWISE)
+    assert not experiment.early and beside.arm.process.poll() is None
+    beside.arm.__exit__(None, None, None)
+    (tmp_path / "alone").mkdir()
+    with InProcessExperiment(CONFIG, settings, tmp_path / "alone", {}, silent) as one_by_one:
+        one_by_one.prepare(FIRST)
+        assert not one_by_one.early
+        alone = one_by_one.gate_arm(FIRST, Exactness.BITWISE)
+    assert beside.verdict.level is alone.verdict.level is Level.BITWISE
+    assert [(c.name, c.state, c.passed) for c in beside.verdict.checks] == [
+        (c.name, c.state, c.passed) for c in alone.verdict.checks
+    ]
+    assert beside.evidence.losses == alone.evidence.losses and experiment.sigma == one_by_one.sigma
+    assert experiment.calls["stock: overfit"] > 0 and experiment.calls["keep_activations: gradients"] > 0
+
+
+def test_an_arm_that_ends_early_is_told_of_when_it_is_gated(experiment, monkeypatch):
+    def ends(arm, *arguments, **named):
+        raise ArmFailed("it ended")
+
+    monkeypatch.setattr(experiment, "_free_run", ends)
+    experiment._collect_early(FIRST)
+    process = experiment.early[FIRST].arm.process
+    assert process.poll() is None
+    with pytest.raises(ArmFailed, match="it ended"):
+        experiment.gate_arm(FIRST, Exactness.ROUNDING)
+    assert not experiment.early and process.poll() is not None
+
+
+def test_a_reference_that_cannot_learn_by_heart_keeps_nobody_waiting(experiment, monkeypatch):
+    ask = experiment.reference_arm.call
+
+    def fails(command, *arguments, **named):
+        if command == "overfit":
+            raise ArmFailed("out of memory")
+        return ask(command, *arguments, **named)
+
+    monkeypatch.setattr(experiment.reference_arm, "call", fails)
+    with pytest.raises(ArmFailed):
+        experiment.prepare(FIRST)
+
+
+def test_replicas_that_do_not_fit_without_recomputation_run_with_it(experiment, monkeypatch):
+    tried = []
+
+    def runs(optimizations):
+        tried.append(optimizations)
+        if UNCHECKPOINTED in optimizations:
+            raise ArmFailed("out of memory")
+        return [[1.0]]
+
+    monkeypatch.setattr(experiment, "_replicas_with", runs)
+    assert experiment._replicas() == [[1.0]] and tried == [(UNCHECKPOINTED,), ()]
+
+
+@pytest.mark.parametrize(("named", "expected"), [("2,5", ("2", "5")), ("GPU-1", ("GPU-1",))])
+def test_sensitivity_uses_the_gpus_that_it_is_shown(named, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert sensitivity.gpus() == expected
+
+
+def test_without_a_list_it_uses_all_there_are(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert sensitivity.gpus() == ("0", "1", "2")
+
+
+def test_workers_share_gpus_by_turns(monkeypatch):
+    turn, seen = multiprocessing.get_context("spawn").Value("i", 0), []
+    for _ in range(5):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "untouched")
+        sensitivity.take_gpu(turn, ("2", "5"))
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["2", "5", "2", "5", "2"]
+    sensitivity.take_gpu(turn, ("7",))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
