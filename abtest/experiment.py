@@ -116,9 +116,9 @@ class Experiment:
 
     # The reference, and all that candidates are compared with
 
-    def prepare(self, first: ArmSpec | None = None) -> None:
+    def prepare(self, first: ArmSpec | None = None, timed: bool = True) -> None:
         """Runs the reference, its oracle, its repeat and its kicked replicas; beside them, where arms may work in parallel,
-        also the arm that will be gated first."""
+        also the arm that will be gated first. timed: the repeat's process stays, to be timed."""
         began = time.monotonic()
         reference = self.reference_arm
         self.repeat_arm = self._arm(ArmSpec("stock again", self.config, self.base))
@@ -135,9 +135,14 @@ class Experiment:
             lambda: self.truths.prefetch(self.states[:1]),
         )
         self.repeat = Evidence(again, repeated)
+        if not timed:
+            self.end_repeat()
         beside = [lambda: self._collect_early(first)] if first is not None and self.settings.parallel > 1 else []
         self.reference, _, self.replicas, *_ = self._together(
-            lambda: self._reference_evidence(build, run), self._exact_rest, self._replicas, *beside
+            lambda: self._reference_evidence(build, run),
+            self._exact_rest,
+            lambda: self._replicas(roomy=not beside),
+            *beside,
         )
         self.sigma = noise_floor(run["loss"], self.replicas)
         self.seconds["prepare"] = time.monotonic() - began
@@ -169,12 +174,14 @@ class Experiment:
         resync = self.resync if resync is None else resync
         return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
 
-    def _replicas(self) -> list[list[float]]:
-        """The losses of every kicked reference."""
-        try:
-            return self._replicas_with((*self.base, UNCHECKPOINTED))
-        except ArmFailed:  # what it keeps did not fit beside the others after all
-            return self._replicas_with(self.base)
+    def _replicas(self, roomy: bool) -> list[list[float]]:
+        """The losses of every kicked reference; `roomy`: there may be memory for what recomputation saves."""
+        if roomy:
+            try:
+                return self._replicas_with((*self.base, UNCHECKPOINTED))
+            except ArmFailed:  # what it keeps did not fit beside the others after all
+                pass
+        return self._replicas_with(self.base)
 
     def _replicas_with(self, optimizations: tuple[str, ...]) -> list[list[float]]:
         with self._arm(ArmSpec("replicas", self.config, optimizations)) as arm:

@@ -27,6 +27,7 @@ from abtest.census import changes
 from abtest.command import check_gate, default_for, gate_config, planned_units
 from abtest.environment import describe
 from abtest.experiment import Candidate, Experiment
+from abtest.mps import shared_gpu
 from abtest.opcheck import SEEDS, check_op, workloads_for
 from abtest.progress import GateProgress
 from abtest.report import append_gate, render
@@ -67,11 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
+        shared_gpu(device.type == "cuda" and command.gate.parallel > 1) as variables,
         GateProgress(planned_units(command.gate)) as progress,
         ThreadPoolExecutor(1) as pool,  # op checks need this process alone, and the gate is in its arms' processes
     ):
         ops = pool.submit(op_reports, optimizations if command.ops else [], device, progress)
-        record = _gate(command, optimizations, device, Path(scratch), progress, ops, began)
+        record = _gate(command, optimizations, device, Path(scratch), variables, progress, ops, began)
         progress.say(f"{record.name}: {record.verdict.level.value}: {record.verdict.reason}")
     append_gate(command.reports / "data", record.environment["device_slug"], record)
     pages = render(command.reports / "data", command.reports)
@@ -125,8 +127,8 @@ def _row(name: str, workload: str, seed: int, verdict: Verdict) -> dict[str, Any
 
 
 def _gate(
-    command: Command, optimizations: list[Optimization], device: torch.device, scratch: Path, progress: GateProgress,
-    ops: Future[list[dict[str, Any]]], began: float,
+    command: Command, optimizations: list[Optimization], device: torch.device, scratch: Path, variables: dict[str, str],
+    progress: GateProgress, ops: Future[list[dict[str, Any]]], began: float,
 ) -> GateRecord:  # fmt: skip
     config = gate_config(command, command.gate)
     claim = registry.weakest_claim(command.optimization)
@@ -134,9 +136,9 @@ def _gate(
         claim = max(claim, Exactness.ROUNDING, key=registry.ORDER.index)
     names = (*command.optimization, *([command.plant] if command.plant else []))
     spec = ArmSpec(" + ".join(names), config, tuple(command.optimization), command.plant)
-    with Experiment(config, command.gate, scratch, dict(os.environ), progress) as experiment:
+    with Experiment(config, command.gate, scratch, dict(os.environ) | variables, progress) as experiment:
         try:
-            experiment.prepare(spec)
+            experiment.prepare(spec, timed=False)
         except ArmFailed as error:
             progress.say(error.output)
             raise UserError(f"without its reference nothing can be compared: {error}") from error
@@ -147,7 +149,8 @@ def _gate(
             candidate = Candidate(None, Verdict(Level.FAILED, str(error)), None)
         else:
             candidate.arm.__exit__(None, None, None)
-        return _record(command, optimizations, device, experiment, candidate, ops.result(), spec.name, claim, began)
+        record = _record(command, optimizations, device, experiment, candidate, ops.result(), spec.name, claim, began)
+    return dataclasses.replace(record, environment=record.environment | {"shared_by_mps": bool(variables)})
 
 
 def _record(

@@ -28,6 +28,7 @@ from abtest import limits
 from abtest.catalogue import Case, Planted, cases, catalogue
 from abtest.command import check_gate, gate_config
 from abtest.environment import describe
+from abtest.mps import shared_gpu
 from abtest.report import render, write_sensitivity
 from abtest.settings import GateConfig
 from abtest.unit_store import UnitStore, identity
@@ -54,6 +55,7 @@ class Command(Config):
     carrier: tuple[str, ...] = ("auto",)  # on in every arm; auto: ssm_fast_path on CUDA, none elsewhere
     sweep: bool = True  # look for the smallest scale error of one projection that is caught
     processes: int = 0  # gates at a time, by turns on all GPUs; 0: one a core, at most 8 a GPU
+    pieces: int = 1  # that every seed's cases are cut into, each with a reference of its own: more processes than seeds
     units: Path = Path(".cache/isoloss/sensitivity")  # finished units of a run that was cut; the next run goes on from them
     gate: GateConfig = field(default_factory=GateConfig)
     reports: Path = ROOT / "reports"
@@ -74,7 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     began, started = time.monotonic(), _now()
     environment = describe(device)
     store = UnitStore(command.units, identity(environment))
-    lines, sweep = run_units(planned, processes(command, device), store)
+    count = processes(command, device)
+    with shared_gpu(device.type == "cuda" and count > 1) as variables:
+        os.environ |= variables  # for the processes that are started; this one has had its look at the GPU
+        lines, sweep = run_units(planned, count, store)
     facts = {
         "run_id": f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{(environment['git_sha'] or 'nogit')[:7]}",
         "command": shlex.join(["python", "-m", "abtest.sensitivity", *arguments]),
@@ -99,6 +104,8 @@ def plan(command: Command, device: torch.device) -> list[Unit]:
     half = command.seeds // 2
     if (half < len(command.methods) and not command.every_method) or half < 1:
         raise UserError(f"--seeds {command.seeds}: calibration and hold-out each need one for every method")
+    if command.pieces < 1:
+        raise UserError(f"--pieces {command.pieces}: at least 1 is expected")
     wrong = [method for method in command.methods if method not in ("lora", "full")]
     if wrong or not command.methods:
         raise UserError(f"--methods {' '.join(wrong)}: lora or full is expected")
@@ -117,8 +124,20 @@ def plan(command: Command, device: torch.device) -> list[Unit]:
         swept = sweep_cases(method) if command.sweep and not command.only and first else []
         split = "calibration" if seed < half else "holdout"
         own = defects.get((method, seed), [])
-        units.append(Unit(config, settings, carrier(command, device), split, tuple(benign), tuple(own), tuple(swept)))
+        whole = Unit(config, settings, carrier(command, device), split, tuple(benign), tuple(own), tuple(swept))
+        units += pieces_of(whole, command.pieces)
     return units
+
+
+def pieces_of(unit: Unit, count: int) -> list[Unit]:
+    """The unit's cases dealt out to `count` units, fewer where there are not enough of them."""
+    kinds = ("benign", "mutants", "swept")
+    dealt = [(kind, case) for kind in kinds for case in getattr(unit, kind)]
+    hands = [dealt[index::count] for index in range(min(count, len(dealt)))]
+    return [
+        dataclasses.replace(unit, **{kind: tuple(case for own, case in hand if own == kind) for kind in kinds})
+        for hand in hands
+    ]
 
 
 def places(command: Command) -> list[tuple[str, int]]:

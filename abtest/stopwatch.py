@@ -23,8 +23,8 @@ class Stopwatch:
     def prepare_timing(self, micro_batches: int, warmup: int) -> dict:
         """Puts the micro-batches on the device and warms up; peak memory counts from here.
 
-        An arm with the reference's attention is timed with transformers' plain SDPA, because that is what a user gets; on
-        Hopper its repeatable form is twice as slow as a whole stock micro-step. An arm with its own attention keeps it.
+        An arm with the reference's attention is timed with transformers' plain SDPA, because that is what a user gets. An
+        arm with its own attention keeps it.
         """
         if self.run.model.config._attn_implementation == attention.NAME:
             self.run.model.set_attn_implementation(attention.PLAIN)

@@ -166,6 +166,7 @@ class Worker(Examiner, Stopwatch):
             self.model_mark, fp.fingerprint(load_file(weights)), fp.batch_fingerprint(probe), self.exact, self.run.dtype
         )
         notes = cache.get(path, lambda: self._exact(probe, state, index))
+        self._release()
         return {"path": str(path), "notes": {name: json.loads(value) for name, value in notes.items() if name != "format"}}
 
     def _exact(self, probe: Probe, state: str, index: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

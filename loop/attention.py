@@ -4,15 +4,21 @@ On CUDA PyTorch's fused attention adds up dQ (or dK and dV) with atomics, in an 
 reference that does not repeat itself bitwise can prove nothing. While `torch.use_deterministic_algorithms` is strict,
 SDPA picks a kernel with a deterministic form and its backward takes it. Strict everywhere would refuse `cumsum`, which
 the delta rule needs and which does repeat itself; so it is strict during attention alone.
+
+That form has one thread block a head and row, which walks the whole row: one row of 5376 positions takes longer than the
+rest of the model. So in half precision documents become rows, each with its part of the mask, as long as these parts are all
+that the mask shows. In fp32, which is how the oracle checks that the mask keeps documents apart, it stays whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from loop.delta_net import Pack
 
 NAME = "repeatable_sdpa"
 PLAIN = "sdpa"  # transformers' own
@@ -29,14 +35,67 @@ def use_repeatable_attention(model: nn.Module) -> None:
     model.set_attn_implementation(NAME)
 
 
-def attend(module: nn.Module, query: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA attention, query [B, heads, L, D] -> ([B, L, heads, D], None), repeatable on CUDA."""
+def attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    pack: Pack | None = None, **options,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """transformers' SDPA attention, query [B, heads, L, D], key and value [B, kv heads, L, D] -> ([B, L, heads, D], None),
+    repeatable on CUDA."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not query.is_cuda:
-        return sdpa_attention_forward(module, query, *arguments, **options)
+    if not on_gpu(query):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask is not None and attention_mask.dtype == torch.bool and pack and query.dtype != torch.float32:
+        parts = [_part_of(attention_mask, positions) for positions in pack.groups]
+        if shows_only(attention_mask, parts, pack):
+            return by_documents(module, query, key, value, parts, pack, _attend_strictly, **options)
+    return _attend_strictly(module, query, key, value, attention_mask, **options)
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
+def shows_only(mask: torch.Tensor, parts: Sequence[torch.Tensor], pack: Pack) -> bool:
+    """Whether `mask` [B, 1, L, L] shows nothing but what `parts` show, of which every position of filling shows itself."""
+    filling = sum(part.shape[0] * part.shape[-1] for part in parts) - sum(pack.lengths)
+    return int(mask.sum()) == int(sum(part.sum() for part in parts)) - filling
+
+
+def by_documents(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: Sequence[torch.Tensor],
+    pack: Pack, attention: Callable[..., tuple[torch.Tensor, None]], **options,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """`attention` once for all documents of about the same length, as rows; masks: [documents, 1, P, P], one a group."""
+    B, _, L, _ = query.shape
+    groups = zip(masks, *(pack.split(positions_first(x)) for x in (query, key, value)), strict=True)
+    parts = []
+    for mask, *rows in groups:
+        q, k, v = (x.transpose(1, 2) for x in rows)  # [documents, heads, P, D]
+        parts.append(attention(module, q, k, v, mask, **options)[0])
+    return pack.join(parts).unflatten(1, (B, L)).squeeze(0), None
+
+
+def positions_first(x: torch.Tensor) -> torch.Tensor:
+    """[B, heads, L, D] -> [1, B * L, heads, D]."""
+    return x.transpose(1, 2).flatten(0, 1)[None]
+
+
+def _part_of(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What the documents at flat `positions` [N, P] may see of themselves, [N, 1, P, P]; the filling sees itself alone."""
+    B, _, L, _ = mask.shape
+    filling = positions == B * L
+    inside = positions.masked_fill(filling, 0)
+    rows, at = inside[:, :1, None] // L, inside % L
+    seen = mask[rows, 0, at[:, :, None], at[:, None, :]] & ~(filling[:, :, None] | filling[:, None, :])
+    return (seen | torch.diag_embed(filling))[:, None]
+
+
+def _attend_strictly(module: nn.Module, *arguments, **options) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     with _strict():
-        out, weights = sdpa_attention_forward(module, query, *arguments, **options)
+        out, weights = sdpa_attention_forward(module, *arguments, **options)
     node = out.grad_fn
     while node is not None and "Attention" not in node.name():
         node = node.next_functions[0][0] if node.next_functions else None

@@ -43,7 +43,8 @@ def experiment(tmp_path, settings):
 
 
 def test_the_first_arm_beside_the_reference_gets_the_verdict_it_gets_alone(experiment, settings, tmp_path, one_thread):
-    experiment.prepare(FIRST)
+    experiment.prepare(FIRST, timed=False)
+    assert experiment.repeat_arm is None
     assert list(experiment.early) == [FIRST]
     beside = experiment.gate_arm(FIRST, Exactness.BITWISE)
     assert not experiment.early and beside.arm.process.poll() is None
@@ -97,7 +98,8 @@ def test_replicas_that_do_not_fit_without_recomputation_run_with_it(experiment, 
         return [[1.0]]
 
     monkeypatch.setattr(experiment, "_replicas_with", runs)
-    assert experiment._replicas() == [[1.0]] and tried == [(UNCHECKPOINTED,), ()]
+    assert experiment._replicas(roomy=True) == [[1.0]] and tried == [(UNCHECKPOINTED,), ()]
+    assert experiment._replicas(roomy=False) == [[1.0]] and tried[2:] == [()]
 
 
 @pytest.mark.parametrize(("named", "expected"), [("2,5", ("2", "5")), ("GPU-1", ("GPU-1",))])

@@ -15,7 +15,7 @@ from abtest.catalogue import cases, catalogue, find, packing
 from abtest.catalogue.patching import around_micro_step
 from abtest.catalogue.planted import Planted
 from abtest.limits import RHO
-from abtest.sensitivity import SCALES, SWEPT, Command, holdout, places, plan, summary, sweep_cases
+from abtest.sensitivity import SCALES, SWEPT, Command, holdout, pieces_of, places, plan, summary, sweep_cases
 from abtest.settings import GateConfig
 from abtest.units import Unit, caught_by, run_unit, worst_values
 from abtest.verdict import Check, Level, Verdict
@@ -162,6 +162,28 @@ def test_every_case_comes_once_in_one_method_or_the_other() -> None:
     assert set(found) == everything("lora", "mutant") | everything("full", "mutant") and set(found.values()) == {1}
     for unit in units:
         assert all(unit.config.method in find(case).planted.methods for case in unit.mutants)
+
+
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_pieces_share_out_all_cases_and_nothing_else_changes(pieces: int) -> None:
+    whole, cut = planned(), planned(pieces=pieces)
+    assert len(cut) == pieces * len(whole)
+    for index, unit in enumerate(whole):
+        own = cut[pieces * index : pieces * (index + 1)]
+        for kind in ("benign", "mutants", "swept"):
+            dealt = [getattr(piece, kind) for piece in own]
+            assert Counter(case for hand in dealt for case in hand) == Counter(getattr(unit, kind))
+        assert all(dataclasses.replace(p, benign=unit.benign, mutants=unit.mutants, swept=unit.swept) == unit for p in own)
+        sizes = [len(p.benign) + len(p.mutants) + len(p.swept) for p in own]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_there_are_no_empty_pieces() -> None:
+    unit = dataclasses.replace(planned()[0], benign=BENIGN, mutants=(SCALED,), swept=())
+    assert [(p.benign, p.mutants) for p in pieces_of(unit, 9)] == [(BENIGN[:1], ()), (BENIGN[1:], ()), ((), (SCALED,))]
+    assert pieces_of(unit, 1) == [unit]
+    with pytest.raises(UserError, match="--pieces 0"):
+        planned(pieces=0)
 
 
 def test_neither_method_has_all_the_small_magnitudes() -> None:

@@ -1,0 +1,71 @@
+"""One GPU for several processes at once: NVIDIA's Multi-Process Service, for as long as a command runs.
+
+Without it processes take turns on the GPU, and one that launches many small kernels holds it without filling it. Results do
+not depend on it. Documentation: NVIDIA's "Multi-Process Service", sections "Environment variables" and "Starting MPS".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+CONTROL = "nvidia-cuda-mps-control"
+PIPE, LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 30  # for the service to answer
+
+
+@contextmanager
+def shared_gpu(wanted: bool) -> Iterator[dict[str, str]]:
+    """The environment variables with which a process joins in; none if it isn't `wanted`, or can't be had, or if the user
+    has a service of their own. Only processes started with them take part; the service ends with the block."""
+    if not wanted or PIPE in os.environ or shutil.which(CONTROL) is None:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder:  # a socket's path must be short
+        variables = {PIPE: f"{folder}/pipe", LOG: f"{folder}/log"}
+        for path in variables.values():
+            Path(path).mkdir()
+        environment = dict(os.environ) | variables
+        try:
+            yield variables if _ask(environment, CONTROL, "-d") and _usable(environment) else {}
+        finally:
+            _ask(environment, CONTROL, text="quit -t 5\n")
+
+
+def _usable(environment: dict[str, str]) -> bool:
+    return _ask(environment, sys.executable, "-m", "abtest.mps")
+
+
+def _ask(environment: dict[str, str], *command: str, text: str = "") -> bool:
+    """Whether the command ends well in time. A daemon keeps its output open, so nothing of that is waited for."""
+    try:
+        done = subprocess.run(
+            command, input=text, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=ROOT,
+            timeout=SECONDS, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def probe() -> int:
+    """0 if a context can be made on the first GPU: what every process that joins in will do."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 1
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
+    return int(bool(failed or driver.cuCtxCreate_v2(ctypes.byref(context), 0, device)))
+
+
+if __name__ == "__main__":
+    sys.exit(probe())
