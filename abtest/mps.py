@@ -34,10 +34,17 @@ def shared_gpu(wanted: bool) -> Iterator[dict[str, str]]:
         for path in variables.values():
             Path(path).mkdir()
         environment = dict(os.environ) | variables
+        # A service that sees some GPUs alone would number them anew for those who join it.
+        everything = {name: value for name, value in environment.items() if name != "CUDA_VISIBLE_DEVICES"}
         try:
-            yield variables if _ask(environment, CONTROL, "-d") and _usable(environment) else {}
+            yield variables if _ask(everything, CONTROL, "-d") and _usable(environment) else {}
         finally:
             _ask(environment, CONTROL, text="quit -t 5\n")
+
+
+def joined(variables: dict[str, str]) -> bool:
+    """Whether processes started with `variables` share the GPU through the service, this command's or the user's."""
+    return PIPE in dict(os.environ) | variables
 
 
 def _usable(environment: dict[str, str]) -> bool:

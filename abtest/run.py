@@ -27,7 +27,7 @@ from abtest.census import changes
 from abtest.command import check_gate, default_for, gate_config, planned_units
 from abtest.environment import describe
 from abtest.experiment import Candidate, Experiment
-from abtest.mps import shared_gpu
+from abtest.mps import joined, shared_gpu
 from abtest.opcheck import SEEDS, check_op, workloads_for
 from abtest.progress import GateProgress
 from abtest.report import append_gate, render
@@ -150,7 +150,7 @@ def _gate(
         else:
             candidate.arm.__exit__(None, None, None)
         record = _record(command, optimizations, device, experiment, candidate, ops.result(), spec.name, claim, began)
-    return dataclasses.replace(record, environment=record.environment | {"shared_by_mps": bool(variables)})
+    return dataclasses.replace(record, environment=record.environment | {"shared_by_mps": joined(variables)})
 
 
 def _record(

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from abtest import mps
-from abtest.mps import LOG, PIPE, shared_gpu
+from abtest.mps import LOG, PIPE, joined, shared_gpu
 
 # Notes how it was called and with what on stdin; a daemon leaves a mark in its pipe directory.
 CONTROL = """#!/bin/sh
-echo "$@ $(cat)" >> "{log}"
+echo "$@ $(cat)$CUDA_VISIBLE_DEVICES" >> "{log}"
 [ -d "$CUDA_MPS_PIPE_DIRECTORY" ] && [ -d "$CUDA_MPS_LOG_DIRECTORY" ] || exit 3
 exit {code}
 """
@@ -38,13 +38,15 @@ def calls(log: Path) -> list[str]:
     return [line.strip() for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
-def test_it_starts_and_is_ended_also_after_an_error(service):
+def test_it_starts_and_is_ended_also_after_an_error(service, monkeypatch):
+    """It is started for all GPUs, whichever this process may use."""
     log = service()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", " of mine")
     with pytest.raises(ZeroDivisionError), shared_gpu(True) as variables:
         assert set(variables) == {PIPE, LOG} and all(Path(path).is_dir() for path in variables.values())
-        assert calls(log) == ["-d"] and PIPE not in os.environ
+        assert calls(log) == ["-d"] and PIPE not in os.environ and joined(variables) and not joined({})
         raise ZeroDivisionError
-    assert calls(log) == ["-d", "quit -t 5"] and not any(Path(path).exists() for path in variables.values())
+    assert calls(log) == ["-d", "quit -t 5 of mine"] and not any(Path(path).exists() for path in variables.values())
 
 
 @pytest.mark.parametrize(("code", "usable"), [(1, True), (0, False)])
@@ -59,7 +61,7 @@ def test_a_service_of_the_users_own_is_left_alone(service, monkeypatch):
     log = service()
     monkeypatch.setenv(PIPE, "/somewhere")
     with shared_gpu(True) as variables:
-        assert variables == {}
+        assert variables == {} and joined(variables)
     assert calls(log) == []
 
 
