@@ -51,6 +51,7 @@ class Command(Config):
     methods: tuple[str, ...] = ("lora", "full")  # seeds take turns in them
     every_method: bool = False  # every seed and every defect in each method, which takes as many times as long
     seeds: int = 8  # of the honest rewrites; the first half are calibration, the second half hold-out
+    first_seed: int = 0  # limits that were set after a look at one hold-out need another: seeds that nobody has seen
     only: tuple[str, ...] = ()  # names or families of the catalogue; empty: all of it
     carrier: tuple[str, ...] = ("auto",)  # on in every arm; auto: ssm_fast_path on CUDA, none elsewhere
     sweep: bool = True  # look for the smallest scale error of one projection that is caught
@@ -104,6 +105,8 @@ def plan(command: Command, device: torch.device) -> list[Unit]:
     half = command.seeds // 2
     if (half < len(command.methods) and not command.every_method) or half < 1:
         raise UserError(f"--seeds {command.seeds}: calibration and hold-out each need one for every method")
+    if command.first_seed < 0:
+        raise UserError(f"--first-seed {command.first_seed}: 0 or more is expected")
     if command.pieces < 1:
         raise UserError(f"--pieces {command.pieces}: at least 1 is expected")
     wrong = [method for method in command.methods if method not in ("lora", "full")]
@@ -120,9 +123,10 @@ def plan(command: Command, device: torch.device) -> list[Unit]:
             if planted.kind == "benign" and method in planted.methods
             for case in cases(planted)
         ]
-        first = seed < len(command.methods) or half <= seed < half + len(command.methods)
+        number = seed - command.first_seed
+        first = number < len(command.methods) or half <= number < half + len(command.methods)
         swept = sweep_cases(method) if command.sweep and not command.only and first else []
-        split = "calibration" if seed < half else "holdout"
+        split = "calibration" if number < half else "holdout"
         own = defects.get((method, seed), [])
         whole = Unit(config, settings, carrier(command, device), split, tuple(benign), tuple(own), tuple(swept))
         units += pieces_of(whole, command.pieces)
@@ -142,15 +146,16 @@ def pieces_of(unit: Unit, count: int) -> list[Unit]:
 
 def places(command: Command) -> list[tuple[str, int]]:
     """The methods and seeds that get a reference: every pair of them, or each seed in one method by turns."""
+    seeds = range(command.first_seed, command.first_seed + command.seeds)
     if command.every_method:
-        return [(method, seed) for method in command.methods for seed in range(command.seeds)]
-    return [(command.methods[seed % len(command.methods)], seed) for seed in range(command.seeds)]
+        return [(method, seed) for method in command.methods for seed in seeds]
+    return [(command.methods[index % len(command.methods)], seed) for index, seed in enumerate(seeds)]
 
 
 def share_out(mutants: list[Planted], command: Command) -> dict[tuple[str, int], list[str]]:
     """Which cases go where: calibration mutants to the first half of the seeds, hold-out mutants to the second, spread
     evenly; each case once, or once for every method in which it has an effect."""
-    half, held_out = command.seeds // 2, holdout([planted.name for planted in mutants])
+    half, held_out = command.first_seed + command.seeds // 2, holdout([planted.name for planted in mutants])
     out: dict[tuple[str, int], list[str]] = {}
     counts: dict[tuple[str, bool], int] = {}
     for index, planted in enumerate(mutants):

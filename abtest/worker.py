@@ -57,6 +57,7 @@ class Worker(Examiner, Stopwatch):
         self.distances_of: dict[str, Distances] = {}
         self.marks: dict[str, list] = {}
         self.loaded: str | None = None
+        self.weights_marks: dict[str, str] = {}
         self.probe_sets: dict[tuple, list[Probe]] = {}
         self.run, self.dataset = build(self.config)
         self.held = Held.of(self.run)
@@ -162,12 +163,16 @@ class Worker(Examiner, Stopwatch):
         self._load(weights)
         probe = self._probe(state, index, count, seed)
         cache = OracleCache(Path(folder), budget)
-        path = cache.path(
-            self.model_mark, fp.fingerprint(load_file(weights)), fp.batch_fingerprint(probe), self.exact, self.run.dtype
-        )
+        path = cache.path(self.model_mark, self._mark_of(weights), fp.batch_fingerprint(probe), self.exact, self.run.dtype)
         notes = cache.get(path, lambda: self._exact(probe, state, index))
         self._release()
         return {"path": str(path), "notes": {name: json.loads(value) for name, value in notes.items() if name != "format"}}
+
+    def _mark_of(self, weights: str) -> str:
+        """The fingerprint of a state's file, which nobody writes twice: once, and on the device, since it takes seconds."""
+        if weights not in self.weights_marks:
+            self.weights_marks[weights] = fp.fingerprint(load_file(weights, device=str(self.run.device)))
+        return self.weights_marks[weights]
 
     def _exact(self, probe: Probe, state: str, index: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         truth = {name: g.clone() for name, g in exact_gradients(self.run, probe, self.exact).items()}

@@ -164,6 +164,23 @@ def test_every_case_comes_once_in_one_method_or_the_other() -> None:
         assert all(unit.config.method in find(case).planted.methods for case in unit.mutants)
 
 
+@pytest.mark.parametrize("every_method", [False, True])
+def test_other_seeds_are_planned_like_the_first_ones(every_method: bool) -> None:
+    plain, later = planned(every_method=every_method), planned(every_method=every_method, first_seed=11)
+    assert [unit.config.seed for unit in later] == [unit.config.seed + 11 for unit in plain]
+    moved = [
+        dataclasses.replace(
+            unit,
+            config=dataclasses.replace(unit.config, seed=unit.config.seed - 11),
+            settings=dataclasses.replace(unit.settings, seed=unit.settings.seed - 11),
+        )
+        for unit in later
+    ]
+    assert moved == plain
+    with pytest.raises(UserError, match="--first-seed -1"):
+        planned(first_seed=-1)
+
+
 @pytest.mark.parametrize("pieces", [2, 5])
 def test_pieces_share_out_all_cases_and_nothing_else_changes(pieces: int) -> None:
     whole, cut = planned(), planned(pieces=pieces)
