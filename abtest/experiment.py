@@ -78,7 +78,8 @@ class Experiment:
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, float] = {}  # seconds an arm took over a command, "stock: overfit" for example
         self.early: dict[ArmSpec, _Collected] = {}
-        self.starting, self.memorised_by_heart = threading.Lock(), threading.Event()
+        self.starting = threading.Lock()
+        self.trained, self.memorised_by_heart = threading.Event(), threading.Event()
         self.reference_arm = self._arm(ArmSpec("stock", config, base))
         self.truths = Truths(lambda: self._arm(ArmSpec("oracle", config, exact=True)), settings, self.weights, on_progress)
 
@@ -128,31 +129,36 @@ class Experiment:
                 str(s): str(self.folder / f"resync-{s}.safetensors") for s in states.resync_steps(self.settings.steps)
             }
         reference.call("save_weights", path=self.weights[self.states[0]])
-        # Not resynced: the repeat must come to the same weights by itself.
-        run, repeated, _ = self._together(
-            self._train,
-            lambda: self._free_run(self.repeat_arm, resync={}),
-            lambda: self.truths.prefetch(self.states[:1]),
-        )
-        self.repeat = Evidence(again, repeated)
-        if not timed:
-            self.end_repeat()
-        beside = [lambda: self._collect_early(first)] if first is not None and self.settings.parallel > 1 else []
-        self.reference, _, self.replicas, *_ = self._together(
-            lambda: self._reference_evidence(build, run),
-            self._exact_rest,
-            lambda: self._replicas(roomy=not beside),
-            *beside,
-        )
-        self.sigma = noise_floor(run["loss"], self.replicas)
+        beside = first is not None and self.settings.parallel > 1
+        tasks = [
+            lambda: self._reference_evidence(build),
+            self._exact,
+            lambda: self._repeat_and_replicas(again, timed, roomy=not beside),
+        ]
+        if beside:
+            tasks.append(lambda: self._collect_early(first))
+        self.reference, _, self.replicas, *_ = self._together(*tasks)
+        self.sigma = noise_floor(self.reference.losses, self.replicas)
         self.seconds["prepare"] = time.monotonic() - began
 
-    def _exact_rest(self) -> None:
-        """The oracle's other states, and its trace; then it makes room."""
-        self.truths.prefetch(self.states[1:-1])
+    def _repeat_and_replicas(self, again: dict, timed: bool, roomy: bool) -> list[list[float]]:
+        """The reference once more, and then the kicked ones."""
+        # Not resynced: the repeat must come to the same weights by itself.
+        self.repeat = Evidence(again, self._free_run(self.repeat_arm, resync={}))
+        if not timed:
+            self.end_repeat()
+        self.trained.wait()
+        return self._replicas(roomy)
+
+    def _exact(self) -> None:
+        """The oracle's states as they come, and its trace; then it makes room."""
+        start, *middle, overfit = self.states
+        self.truths.prefetch([start])
+        self.trained.wait()
+        self.truths.prefetch(middle)
         self.oracle_trace = self._trace(self.truths.arm)
         self.memorised_by_heart.wait()
-        self.truths.prefetch(self.states[-1:])
+        self.truths.prefetch([overfit])
         self.truths.end()
 
     def _train(self) -> dict:
@@ -191,11 +197,14 @@ class Experiment:
 
     # An arm's evidence
 
-    def _reference_evidence(self, build: dict, run: dict) -> Evidence:
-        """The overfit state, for which all others wait, and then what every arm reports."""
+    def _reference_evidence(self, build: dict) -> Evidence:
+        """The free run and the overfit state, for which all others wait, and then what every arm reports."""
         try:
+            run = self._train()
+            self.trained.set()
             self.memorised = self.reference_arm.call("overfit", path=self.weights[self.states[-1]])
-        finally:
+        finally:  # whoever waits finds a file missing, and ends
+            self.trained.set()
             self.memorised_by_heart.set()
         return self._evidence(self.reference_arm, build, run, candidate=False)
 
@@ -284,6 +293,7 @@ class Experiment:
         arm = self._arm(spec)
         try:
             build = arm.build()
+            self.trained.wait()
             if not build["refused"]:
                 evidence = self._evidence(arm, build, self._free_run(arm), candidate=True)
         except ArmFailed as failed:

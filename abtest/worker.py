@@ -114,6 +114,7 @@ class Worker(Examiner, Stopwatch):
             if str(step) in (resync_to or {}):
                 save_state(self.run, Path(resync_to[str(step)]))
 
+        torch.manual_seed(self.config.seed)  # as when it was built: arms in one process share the generator
         sources = {int(step): Path(path) for step, path in (resync or {}).items()}
         answer = free_run(self.run, self.dataset, steps, self.step, sources, before_step, kick_seed)
         self.loaded = None

@@ -67,6 +67,7 @@ def test_an_arm_that_ends_early_is_told_of_when_it_is_gated(experiment, monkeypa
         raise ArmFailed("it ended")
 
     monkeypatch.setattr(experiment, "_free_run", ends)
+    experiment.trained.set()  # the reference is through
     experiment._collect_early(FIRST)
     process = experiment.early[FIRST].arm.process
     assert process.poll() is None
