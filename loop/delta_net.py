@@ -37,6 +37,14 @@ class Pack:
         return torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
     @cached_property
+    def chunk_indices(self) -> torch.Tensor:
+        """Document of every chunk of 64 positions, and place in it; [chunks, 2] like `cu_seqlens`, made on the host."""
+        counts = torch.tensor([-(-length // CHUNK) for length in self.lengths])
+        documents = torch.arange(len(counts)).repeat_interleave(counts)
+        places = torch.arange(len(documents)) - (counts.cumsum(0) - counts)[documents]
+        return torch.stack([documents, places], dim=1).to(self.cu_seqlens)
+
+    @cached_property
     def groups(self) -> tuple[torch.Tensor, ...]:
         """Documents of the same number of chunks, as rows: flat positions [documents, chunks * 64], int64 on the device.
 
@@ -59,6 +67,12 @@ class Pack:
         back[places] = torch.arange(places.numel(), device=places.device)
         return back[:-1]
 
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """Where the document of each flat position begins, int32 [T] on the device, without a device synchronisation."""
+        lengths = self.cu_seqlens.diff()
+        return torch.repeat_interleave(self.cu_seqlens[:-1], lengths, output_size=sum(self.lengths))
+
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [1, T, ...] -> one [documents, chunks * 64, ...] for every group, zeros behind each document."""
         padded = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])
@@ -69,10 +83,18 @@ class Pack:
         return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self.back)[None]
 
 
+class QkvMixer(nn.Module):
+    """What may take the place of a layer's `conv1d` and do all of `PackedDeltaNet.mix`, the L2 norm of q and k included.
+
+    forward(x [1, T, 2 * key_dim + value_dim], pack) -> q, k [1, T, key heads, K] of length 1, v [1, T, value heads, V].
+    """
+
+
 class PackedDeltaNet(nn.Module):
     """Stands in for `Qwen3_5GatedDeltaNet`: same submodules, same parameter names, same arithmetic, documents apart.
 
-    A subclass may replace `convolve` and `delta_rule`; the flattened [1, B * L] layout makes documents contiguous.
+    A subclass may replace `convolve` and `delta_rule`, and a `QkvMixer` the module `conv1d`, under either of them; the
+    flattened [1, B * L] layout makes documents contiguous.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -87,11 +109,7 @@ class PackedDeltaNet(nn.Module):
             pack = Pack(torch.arange(B + 1, dtype=torch.int32, device=hidden_states.device) * L, (L,) * B)
         flat = hidden_states.reshape(1, B * L, D)
 
-        qkv = self.convolve(self.in_proj_qkv(flat), pack)  # [1, B*L, 2*key_dim + value_dim]
-        q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
-        q = q.reshape(1, B * L, -1, self.head_k_dim)
-        k = k.reshape(1, B * L, -1, self.head_k_dim)
-        v = v.reshape(1, B * L, -1, self.head_v_dim)
+        q, k, v = self.mix(self.in_proj_qkv(flat), pack)
         beta = self.in_proj_b(flat).sigmoid()
         g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(flat).float() + self.dt_bias)
 
@@ -99,6 +117,21 @@ class PackedDeltaNet(nn.Module):
         z = self.in_proj_z(flat).reshape(-1, self.head_v_dim)
         out = self.norm(out.reshape(-1, self.head_v_dim), z)
         return self.out_proj(out.reshape(B, L, -1))
+
+    @property
+    def qk_normalized(self) -> bool:
+        """Whether q and k come to the delta rule with length 1, so that it must not normalise them."""
+        return isinstance(self.conv1d, QkvMixer)
+
+    def mix(self, x: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [1, T, 2 * key_dim + value_dim] -> q, k [1, T, key heads, K], v [1, T, value heads, V]: convolved, and split."""
+        if self.qk_normalized:
+            return self.conv1d(x, pack)
+        T = x.shape[1]
+        q, k, v = self.convolve(x, pack).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        q = q.reshape(1, T, -1, self.head_k_dim)
+        k = k.reshape(1, T, -1, self.head_k_dim)
+        return q, k, v.reshape(1, T, -1, self.head_v_dim)
 
     def convolve(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
         """Causal depthwise convolution and activation, x [1, T, C] -> [1, T, C], reset at every document."""
@@ -119,7 +152,8 @@ class PackedDeltaNet(nn.Module):
         if copies > 1:
             q, k = (x.repeat_interleave(copies, dim=2) for x in (q, k))
         groups = zip(*(pack.split(x) for x in (q, k, v, g, beta)), strict=True)
-        return pack.join([rule(*rows, chunk_size=CHUNK, use_qk_l2norm_in_kernel=True)[0] for rows in groups])
+        options = {"chunk_size": CHUNK, "use_qk_l2norm_in_kernel": not self.qk_normalized}
+        return pack.join([rule(*rows, **options)[0] for rows in groups])
 
 
 def _plain(name: str):

@@ -10,11 +10,18 @@ from loop.delta_net import Pack, PackedDeltaNet
 
 
 def fla_delta_rule(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, pack: Pack
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    pack: Pack,
+    qk_normalized: bool = False,
 ) -> torch.Tensor:
     """q, k [1, T, key heads, K]; v [1, T, value heads, V]; g (log decay, fp32), beta [1, T, value heads] -> like v.
 
-    bf16 or fp16 on CUDA; q and k are L2-normalised inside, each key head serves value heads / key heads of them.
+    bf16 or fp16 on CUDA; q and k are L2-normalised inside, unless they come with length 1 already. Each key head serves
+    value heads / key heads of them.
     """
     out, _ = chunk_gated_delta_rule(
         q.contiguous(),  # FLA's autograd expects its inputs dense; here they are slices of one projection
@@ -22,9 +29,9 @@ def fla_delta_rule(
         v.contiguous(),
         g=g,
         beta=beta,
-        use_qk_l2norm_in_kernel=True,
+        use_qk_l2norm_in_kernel=not qk_normalized,
         cu_seqlens=pack.cu_seqlens,
-        cu_seqlens_cpu=pack.cu_seqlens_cpu,
+        chunk_indices=pack.chunk_indices,
     )
     return out
 
@@ -39,11 +46,11 @@ class FlaDeltaNet(PackedDeltaNet):
             bias=self.conv1d.bias,
             activation=self.activation,
             cu_seqlens=pack.cu_seqlens,
-            cu_seqlens_cpu=pack.cu_seqlens_cpu,
+            chunk_indices=pack.chunk_indices,
         )
         return out
 
     def delta_rule(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, pack: Pack
     ) -> torch.Tensor:
-        return fla_delta_rule(q, k, v, g, beta, pack)
+        return fla_delta_rule(q, k, v, g, beta, pack, self.qk_normalized)

@@ -14,7 +14,8 @@ def delta_rule(
 ) -> torch.Tensor:
     """q, k [1, T, key heads, K]; v [1, T, value heads, V]; g (log decay, fp32), beta [1, T, value heads] -> like v.
 
-    The method of `PackedDeltaNet` itself, which reads nothing of its layer but the two numbers of heads.
+    The method of `PackedDeltaNet` itself, which reads nothing of its layer but the two numbers of heads and whether q and k
+    still have to be normalised.
     """
-    layer = SimpleNamespace(num_k_heads=k.shape[2], num_v_heads=v.shape[2])
+    layer = SimpleNamespace(num_k_heads=k.shape[2], num_v_heads=v.shape[2], qk_normalized=False)
     return PackedDeltaNet.delta_rule(layer, q, k, v, g, beta, pack)

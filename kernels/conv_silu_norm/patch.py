@@ -1,0 +1,97 @@
+"""Puts one module in the place of every gated-delta layer's convolution, which then also splits and normalises."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from kernels.contract import Needs
+from kernels.conv_silu_norm.reference import EPS
+from kernels.registry import unmet
+from loop.delta_net import Pack, PackedDeltaNet, QkvMixer
+
+if TYPE_CHECKING:
+    from loop.run import Run
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TAPS, WIDEST = 4, 1024  # the kernel's limits
+ACTIVATIONS = ("silu", "swish")  # two names of one function
+
+
+class ConvSiluNorm(QkvMixer):
+    """Convolution, SiLU, split and L2 norm of q and k, with the weight of the convolution that it replaces, [C, 1, 4]."""
+
+    def __init__(self, weight: nn.Parameter, key_heads: int, key_width: int, value_width: int):
+        super().__init__()
+        self.weight = weight
+        self.key_heads, self.key_width, self.value_width = key_heads, key_width, value_width
+
+    def forward(self, x: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [1, T, C] -> q, k [1, T, key heads, K] of length 1, v [1, T, value heads, V]; documents of `pack` apart."""
+        from kernels.conv_silu_norm.kernel import conv_silu_norm
+
+        weight = self.weight.squeeze(1)
+        q, k, v = conv_silu_norm(x[0], weight, pack.starts, self.key_heads, self.key_width, EPS)
+        return q[None], k[None], v.unflatten(1, (-1, self.value_width))[None]
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} columns, {self.key_heads} key heads of {self.key_width}"
+
+
+def mixing_layers(model: nn.Module) -> list[str]:
+    """Names of the gated-delta layers inside `model`, whatever computes their delta rule, whose convolution is still one."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PackedDeltaNet) and not isinstance(module.conv1d, QkvMixer)
+    ]
+
+
+def beyond_the_kernel(layer: PackedDeltaNet) -> str | None:
+    """What the layer's convolution or heads are that the kernel can't compute, or None."""
+    conv, columns = layer.conv1d, 2 * layer.key_dim + layer.value_dim
+    if type(conv) is not nn.Conv1d or any(conv.__dict__[key] for key in conv.__dict__ if key.endswith("_hooks")):
+        return f"is a {type(conv).__name__} that is more than PyTorch's Conv1d, or carries hooks"
+    if conv.weight.shape != (columns, 1, TAPS) or conv.dilation != (1,) or conv.stride != (1,):
+        return f"has a weight of shape {list(conv.weight.shape)}; [{columns}, 1, {TAPS}] with step 1 is expected"
+    if conv.bias is not None:
+        return "has a bias"
+    if layer.activation not in ACTIVATIONS:
+        return f"is followed by {layer.activation}, not SiLU"
+    if layer.head_k_dim > WIDEST:
+        return f"is followed by key heads of {layer.head_k_dim}; the kernel takes up to {WIDEST}"
+    return None
+
+
+def eligible(run: Run) -> str | None:
+    """None, or why this run can't have the kernel: no Triton, no delta layer, another convolution, or another dtype."""
+    reason = unmet(Needs(triton=True), run.device)
+    if reason:
+        return reason
+    names = mixing_layers(run.model)
+    if not names:
+        return f"{type(run.model).__name__} has no gated-delta layers with a convolution"
+    if run.dtype not in DTYPES:
+        return f"the run computes in {run.dtype}; the kernel takes {', '.join(map(str, DTYPES))}"
+    for name in names:
+        layer = run.model.get_submodule(name)
+        reason = beyond_the_kernel(layer)
+        if reason:
+            return f"{name}.conv1d {reason}"
+        if layer.conv1d.weight.dtype != run.dtype:
+            dtype = layer.conv1d.weight.dtype
+            return f"{name}.conv1d.weight is {dtype}, but the run computes in {run.dtype}; the kernel takes one dtype"
+    return None
+
+
+def apply(run: Run) -> None:
+    """Replaces every such layer's `conv1d`. Raises ValueError when there is none."""
+    names = mixing_layers(run.model)
+    if not names:
+        raise ValueError(f"{type(run.model).__name__} has no gated-delta layer to change")
+    for name in names:
+        layer = run.model.get_submodule(name)
+        mixer = ConvSiluNorm(layer.conv1d.weight, layer.num_k_heads, layer.head_k_dim, layer.head_v_dim)
+        layer.conv1d = mixer.train(layer.conv1d.training)
