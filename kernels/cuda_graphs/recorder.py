@@ -1,0 +1,50 @@
+"""Capture on a CUDA device: the one place of this folder that needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Work = Callable[[], None]
+
+
+class CudaRecorder:
+    """One side stream and one pool of memory for all graphs of a run.
+
+    Graphs may lie over each other in the pool: no two of them run at once, and nothing in it outlives a replay. Warm-up and
+    capture share the stream, because cuBLAS keeps a workspace for every stream, and autograd a stream for every parameter.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm(self, work: Work) -> None:
+        """Runs `work` as it will be captured, so that everything is compiled, tuned and allocated that it needs once."""
+        here = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            work()
+        here.wait_stream(self.stream)
+
+    def record(self, work: Work) -> torch.cuda.CUDAGraph:
+        """Captures `work`, which computes nothing yet. Raises RuntimeError where it does what no graph can hold."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            work()
+        return graph
+
+
+class RandomState:
+    """The random generators as they are now, for `restore`: a warm-up must not draw what the run would draw."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.cpu = device, torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)

@@ -1,0 +1,117 @@
+"""cuda_graphs: one graph serves packs of other documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphed import LENGTH, made, outcome, pack, same
+
+from abtest.probes import one_document, tricky_batch
+from kernels.cuda_graphs import inputs as static
+from kernels.cuda_graphs.inputs import CHUNKS, GROUPS, ROWS, chunk_count, chunk_indices, padded_rows, row_count, signature
+from kernels.cuda_graphs.micro_step import CAPTURES, REPLAYS
+from kernels.supervised_logits.kernel import supervised_cross_entropy
+from loop.batch import IGNORE
+from loop.delta_net import CHUNK, Pack, PackedDeltaNet
+from loop.run import Run
+
+pytestmark = pytest.mark.usefixtures("taped")
+
+
+def test_stock_attention_needs_one_graph_for_all_packs():
+    run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
+    for seed, lengths in enumerate(((5, 60), (100,), (1, 2, 3, 4, 5), (64, 64))):
+        batch = pack(run, seed, lengths=lengths)
+        assert same(outcome(run, batch), outcome(plain, batch))
+    assert run.micro_step.counts == {REPLAYS: 4, CAPTURES: 1}
+
+
+def test_documents_as_rows_need_a_graph_for_each_set_of_lengths():
+    run, plain = (made("qwen3.5-tiny", graphed=graphed)[0] for graphed in (True, False))
+    for seed, lengths in enumerate(((70, 10), (10, 70), (60, 10), (65, 64), (9, 100))):
+        batch = pack(run, seed, lengths=lengths)  # what is left of the pack is a document, too
+        assert same(outcome(run, batch), outcome(plain, batch)), lengths
+    assert run.micro_step.asked == {GROUPS}
+    assert run.micro_step.counts == {REPLAYS: 5, CAPTURES: 2}  # (2 chunks, 1, 2) and (1, 1, 2); others repeat them
+
+
+class ChunkedNet(PackedDeltaNet):
+    """A delta layer that computes as FLA's kernels do: a program a chunk, masked where its document ends."""
+
+    def convolve(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
+        return x
+
+    def delta_rule(self, q, k, v, g, beta, pack: Pack) -> torch.Tensor:
+        document, place = pack.chunk_indices.long().unbind(1)
+        bounds = pack.cu_seqlens.long()
+        offsets = place[:, None] * CHUNK + torch.arange(CHUNK)
+        inside = offsets < (bounds[document + 1] - bounds[document])[:, None]  # [chunks, 64]
+        at = (bounds[document][:, None] + offsets).clamp(max=v.shape[1] - 1)
+        rows = v[0][at] * inside[:, :, None, None]
+        sums = rows.cumsum(1) * inside[:, :, None, None]
+        return torch.zeros_like(v[0]).index_add(0, at.flatten(), sums.flatten(0, 1))[None]
+
+
+def chunked(graphed: bool) -> Run:
+    run, _ = made("qwen3.5-tiny", graphed=graphed)
+    for module in run.model.modules():
+        if type(module) is PackedDeltaNet:
+            module.__class__ = ChunkedNet
+    return run
+
+
+def test_kernels_that_go_by_chunks_share_graphs_that_have_more_of_them():
+    run, plain = chunked(True), chunked(False)
+    for seed, lengths in enumerate(((70, 10), (64, 64), (1, 2, 3, 4), (5,) * 5, (5,) * 6, (100, 1))):
+        batch = pack(run, seed, lengths=lengths)
+        assert same(outcome(run, batch), outcome(plain, batch)), lengths
+    assert run.micro_step.asked == {CHUNKS}
+    assert run.micro_step.counts == {REPLAYS: 6, CAPTURES: 3}  # of up to 4, 8 and 12 chunks
+
+
+def test_a_head_of_supervised_rows_gets_as_many_with_a_graph_as_without():
+    run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
+    for own in (run, plain):
+        own.loss_head = supervised_cross_entropy
+    batches = [pack(run, seed, lengths=lengths) for seed, lengths in enumerate(((5, 60), (100,), (50, 50)))]
+    for batch in batches:
+        assert same(outcome(run, batch), outcome(plain, static.with_padded_rows(batch)))
+    assert run.micro_step.asked == {ROWS}
+    whole = one_document(LENGTH, run.model.config.vocab_size, 7).to("cpu")
+    assert same(outcome(run, whole), outcome(plain, static.with_padded_rows(whole)))
+
+
+@pytest.mark.parametrize("lengths", [(192,), (64, 64, 64), (63, 65, 64), (1,) * 7 + (185,), (1, 2, 3, 186)])
+def test_chunks_made_on_the_device_are_those_made_on_the_host(lengths):
+    bounds = torch.tensor((0, *lengths)).cumsum(0).int()
+    own = Pack(bounds, lengths)
+    count = chunk_count(lengths)
+    padded = torch.cat([bounds, bounds[-1:].expand(count - len(lengths))])
+    found, real = chunk_indices(padded), len(own.chunk_indices)
+    assert found.dtype == torch.int32 and len(found) == count >= real
+    assert torch.equal(found[:real], own.chunk_indices)
+    beyond = found[real:].long()
+    assert bool((padded[beyond[:, 0] + 1] == padded[beyond[:, 0]]).all()) and not beyond[:, 1].any()
+
+
+def test_a_chunk_is_named_by_its_document_and_its_place_there():
+    own = Pack(torch.tensor((0, 70, 71, 135), dtype=torch.int32), (70, 1, 64))
+    assert own.chunk_indices.tolist() == [[0, 0], [0, 1], [1, 0], [2, 0]]
+    assert own.chunk_indices.dtype == torch.int32 and own.chunk_indices.is_contiguous()
+
+
+@pytest.mark.parametrize("batch", [tricky_batch(LENGTH, 2, 99, 3), one_document(LENGTH, 99, 3)], ids=["many", "one"])
+def test_rows_are_filled_up_with_ignored_ones(batch):
+    rows = padded_rows(batch)
+    supervised = len(batch.supervised_positions)
+    assert torch.equal(rows[:supervised], batch.supervised_positions)
+    assert len(rows) == row_count(supervised, batch.positions) > supervised
+    assert bool((batch.labels.flatten()[rows[supervised:]] == IGNORE).all())
+    assert row_count(0, 100) == 0 and row_count(65, 100) == 100 and row_count(1000, 5376) == 1024
+
+
+def test_signatures_say_what_was_asked_and_no_more():
+    one, other = (tricky_batch(LENGTH, 1, 99, 3, lengths) for lengths in ((70, 10), (5,) * 8))
+    assert signature(one, frozenset()) == signature(other, frozenset()) == ((1, LENGTH),)
+    for asked in (CHUNKS, GROUPS):
+        assert signature(one, frozenset({asked})) != signature(other, frozenset({asked}))
