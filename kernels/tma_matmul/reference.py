@@ -1,0 +1,7 @@
+"""The reference is that of `sm121a_matmul`: the two are kernels for one product."""
+
+from __future__ import annotations
+
+from kernels.sm121a_matmul.reference import linear_reference
+
+__all__ = ["linear_reference"]

@@ -1,0 +1,16 @@
+"""`python -m kernels.tma_matmul.tune`: as `python -m kernels.sm121a_matmul.tune`, for this folder's tiles and table."""
+
+from __future__ import annotations
+
+from kernels.sm121a_matmul import tune
+from kernels.tma_matmul.patch import ENGINE
+from loop.cli import guarded
+
+
+def main(argv: list[str] | None = None) -> int:
+    """As `kernels.sm121a_matmul.tune.main`."""
+    return tune.main(argv, ENGINE)
+
+
+if __name__ == "__main__":
+    guarded(main)
