@@ -31,13 +31,16 @@ class ArmPlan:
 
 
 def plan_arms(names: Iterable[str], config: Config, device: torch.device) -> list[ArmPlan]:
-    """The arms called `names`; "all" stands for every optimization and peer. Raises UserError for an unknown name."""
+    """The arms called `names`; "all" stands for every optimization and peer, "negative" for every negative result, which has
+    been measured before. Raises UserError for an unknown name."""
     known = registry.discover()
     peers = {peer.name: peer for peer in PEERS}
-    chosen = list(dict.fromkeys(name for given in names for name in ([*known, *peers] if given == "all" else [given])))
+    negative = [name for name in known if registry.is_negative(name)]
+    groups = {"all": [*(name for name in known if name not in negative), *peers], "negative": negative}
+    chosen = list(dict.fromkeys(name for given in names for name in groups.get(given, [given])))
     unknown = [name for name in chosen if name not in known and name not in peers]
     if unknown:
-        raise UserError(f"--arms {unknown[0]}: no such arm; there are all, {', '.join([*known, *peers])}")
+        raise UserError(f"--arms {unknown[0]}: no such arm; there are {', '.join([*groups, *known, *peers])}")
     return [
         _optimization_arm(known[name], config, device) if name in known else _peer_arm(peers[name], config, device)
         for name in chosen
@@ -47,7 +50,7 @@ def plan_arms(names: Iterable[str], config: Config, device: torch.device) -> lis
 def _optimization_arm(optimization: Optimization, config: Config, device: torch.device) -> ArmPlan:
     return ArmPlan(
         name=optimization.name,
-        role="optimization",
+        role="negative" if registry.is_negative(optimization.name) else "optimization",
         optimizations=(optimization.name,),
         config=config,
         claim=optimization.exactness,

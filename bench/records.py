@@ -18,8 +18,9 @@ from abtest.verdict import Verdict
 SCHEMA = 1
 TEXT_FIELDS = ("run_id", "arm", "role", "summary", "exactness", "why_exact", "command", "finished_at")
 MAPPINGS = ("environment", "recipe", "data")
-# "repeat" is the reference again, in a process of its own: how far from 1 the ratio of equal arms comes out here
-Role = Literal["reference", "repeat", "optimization", "combination", "peer"]
+# "repeat" is the reference again, in a process of its own: how far from 1 the ratio of equal arms comes out here.
+# "negative": an optimization of negative_results/, measured as any other, in no combination and never shipped
+Role = Literal["reference", "repeat", "optimization", "negative", "combination", "peer"]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Command(Config):
     """Flags of `python -m bench.run`."""
 
-    arms: tuple[str, ...] = ("all",)  # optimizations and peers by name, or "all"
+    arms: tuple[str, ...] = ("all",)  # optimizations and peers by name; "all" of them; "negative" for negative_results/
     combine: bool = True  # one more arm with everything on that passed and may be timed
     micro: bool = True  # every lossless optimization's op on its own, too
     gate: GateConfig = field(default_factory=GateConfig)

@@ -77,12 +77,25 @@ class Op:
 
 
 @dataclass(frozen=True)
+class Fails:
+    """Where a negative result breaks its claim, as the gate has said: compute dtypes, "bfloat16" for example.
+
+    arm: of a whole run with it on. op: of its op alone, on every workload. It excuses nothing: the gates run all the same,
+    and the tests ask for FAILED there and for the claim in every other dtype, so a negative result that passes is noticed.
+    """
+
+    arm: tuple[str, ...] = ()
+    op: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Optimization:
     """One speed-up.
 
     eligible(run): None, or in words why this run can't have it. apply(run): changes `run.model` (modules swapped for
     modules), `run.loss_head`, `run.micro_step` or `run.optimizer`, and nothing else. `why_exact` names the argument for
-    `exactness`, and for ROUNDING the operation whose rounding or order of summation changes.
+    `exactness`, and for ROUNDING the operation whose rounding or order of summation changes. `fails`: only in
+    `negative_results/`.
     """
 
     name: str
@@ -95,3 +108,4 @@ class Optimization:
     needs: Needs = field(default_factory=Needs)
     conflicts: tuple[str, ...] = ()
     source: tuple[str, ...] = ()
+    fails: Fails = field(default_factory=Fails)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.contract import Exactness, Needs, Optimization
+from kernels.contract import Exactness, Fails, Needs, Optimization
 from loop.errors import UserError
 
 if TYPE_CHECKING:
     from loop.run import Run
 
-PACKAGES = ("kernels", "negative_results")
+NEGATIVE = "negative_results"
+PACKAGES = ("kernels", NEGATIVE)
 ORDER = [Exactness.BITWISE, Exactness.ROUNDING, Exactness.APPROX]  # strongest claim first
 
 
@@ -31,8 +32,15 @@ def discover() -> dict[str, Optimization]:
                 raise ValueError(f"{init}: OPTIMIZATION is named {optimization.name!r}; the folder's name is expected")
             if optimization.name in found:
                 raise ValueError(f"{init}: a second optimization named {optimization.name!r}")
+            if optimization.fails != Fails() and package != NEGATIVE:
+                raise ValueError(f"{init}: OPTIMIZATION says where it fails; such a folder belongs in {NEGATIVE}/")
             found[optimization.name] = optimization
     return dict(sorted(found.items()))
+
+
+def is_negative(name: str) -> bool:
+    """Whether the optimization `name` is in `negative_results/`: gated and timed as any other, and never shipped."""
+    return importlib.util.find_spec(f"{NEGATIVE}.{name}") is not None
 
 
 def select(names: Iterable[str]) -> list[Optimization]:

@@ -121,7 +121,7 @@ def _decisions(device: Device, shipping: Shipping) -> str:
     header = (
         "optimization", "exactness claimed", "verdict", "decided by", "speed ratio", "real tok/s", "peak memory", "ships?",
     )  # fmt: skip
-    chosen = [record for record in device.current if record.role in ("optimization", "combination")]
+    chosen = [record for record in device.current if record.role in ("optimization", "negative", "combination")]
     chosen.sort(key=lambda record: _rank(record, shipping))
     rows = [_decision(record, shipping) for record in chosen]
     return table(header, rows, numeric=(4, 5, 6)) if rows else "This run had no optimization."

@@ -17,8 +17,11 @@ from bench.report import text
 
 __all__ = ["DIGEST", "is_ours", "loss_plot", "ratio_plot", "same_image"]
 
-COLORS = {"ships": GOOD, "optimization": "#7a93ac", "combination": "#4a6785", "peer": "#c9a66b", "repeat": "#c9ced6"}
-NOTES = {"peer": "  (peer)", "repeat": "  (the reference against itself)"}
+COLORS = {
+    "ships": GOOD, "optimization": "#7a93ac", "negative": "#b7a6b0", "combination": "#4a6785", "peer": "#c9a66b",
+    "repeat": "#c9ced6",
+}  # fmt: skip
+NOTES = {"peer": "  (peer)", "negative": "  (negative result)", "repeat": "  (the reference against itself)"}
 
 
 def loss_plot(record: Record, device: str) -> bytes:

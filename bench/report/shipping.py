@@ -12,7 +12,7 @@ The file is TOML. Top-level keys:
 
 `enable` is what was gated and timed *together*: the fastest lossless combination whose gain is real, or the fastest single
 optimization. A gain is real when the whole 95 % interval of the speed ratio lies above 1, and above what the reference
-timed against itself reaches in the same run.
+timed against itself reaches in the same run. What lies in `negative_results/` never ships, whatever it measures.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def decide(current: Sequence[Record]) -> Shipping:
     reasons = {record.arm: _reason(record, basis, current) for record in current if record.role not in BASELINES}
     not_enabled = {}
     for record in current:
-        if record.role == "optimization":
+        if record.role in ("optimization", "negative"):
             not_enabled.update({name: reasons[record.arm] for name in _switched(record) if name not in enable})
     for record in current:
         if record.role == "combination":
@@ -112,6 +112,9 @@ def _reason(record: Record, basis: Record | None, current: Sequence[Record]) -> 
     if record.role == "peer":
         return "a peer, for comparison only"
     obstacle = _bad_reference(current) or _obstacle(record, current)
+    if record.role == "negative":
+        words = f"{level.value} and {text.ratio(record.perf)}" if record.perf else level.value
+        return obstacle or f"{words}, but a negative result; move its folder to kernels/ and measure again to ship it"
     if basis is None or record is basis:
         return obstacle or f"the fastest that is lossless, {text.ratio(record.perf)}"
     if record.role == "optimization" and set(record.optimizations) <= set(basis.optimizations):

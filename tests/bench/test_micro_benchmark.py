@@ -26,6 +26,9 @@ def test_micro_benchmark(name, benchmark):
     report = check_op(optimization.op, workload, DEVICE, exactness=optimization.exactness)
     if report.verdict.level is Level.APPROX:
         pytest.skip("an approximation is not timed: only what matches is")
+    if workload.dtype in optimization.fails.op:
+        assert report.verdict.level is Level.FAILED, report.verdict.reason
+        pytest.skip(f"a negative result that does not match is not timed: {report.verdict.reason}")
     assert report.passed, f"not timed, since it does not match: {report.verdict.reason}"
     if optimization.needs.triton and DEVICE.type != "cuda":
         pytest.skip(INTERPRETED)

@@ -1,0 +1,35 @@
+"""Swaps every linear layer: what patching torch.nn.functional.linear would reach, without touching the library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from negative_results.contiguous_linear_patch.kernel import ContiguousLinear
+
+if TYPE_CHECKING:
+    from loop.run import Run
+
+
+def eligible(run: Run) -> str | None:
+    if not plain_linears(run.model):
+        return f"{type(run.model).__name__} has no plain nn.Linear"
+    return None
+
+
+def apply(run: Run) -> None:
+    """Replaces them, the adapters' own and the output head among them. Parameters stay the same objects."""
+    for name in plain_linears(run.model):
+        parent, _, attribute = name.rpartition(".")
+        setattr(run.model.get_submodule(parent), attribute, ContiguousLinear(run.model.get_submodule(name)))
+
+
+def plain_linears(model: nn.Module) -> list[str]:
+    """Names of the layers that `apply` swaps, in the model's order: nn.Linear itself, whose calls nothing watches."""
+    return [name for name, module in model.named_modules() if name and type(module) is nn.Linear and not _watched(module)]
+
+
+def _watched(module: nn.Module) -> bool:
+    hooks = [value for key, value in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key]
+    return any(hooks) or "forward" in vars(module)
