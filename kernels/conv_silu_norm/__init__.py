@@ -53,7 +53,8 @@ OPTIMIZATION = Optimization(
         _small("small, ragged heads", 3, 20, 50, (17, 1, 19)),
         _small("small, ragged, frozen", 2, 24, 33, (3, 34), trained=False),
     ),
-    needs=Needs(triton=True),
+    # Its kernels run in Triton's interpreter, in tests/contract; a whole run there takes minutes, for thousands of programs.
+    needs=Needs(cuda=True, triton=True),
     source=(
         "Yang, Kautz and Hatamizadeh 2024, Gated Delta Networks, https://arxiv.org/abs/2412.06464",
         "Dao and Gu 2024, causal-conv1d, https://github.com/Dao-AILab/causal-conv1d",

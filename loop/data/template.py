@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from loop.data.masking import Span
 from loop.data.reading import BadLine, Message
@@ -110,6 +109,8 @@ class ChatRenderer:
         return prompt if prompt.strip() else ""
 
     def _marked_spans(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         # Characters, not apply_chat_template's assistant_masks: where a span starts with a character that the tokenizer
         # trims from its offsets, those masks lose the rest of the turns without a word.
         options = self.tokenizer.special_tokens_map

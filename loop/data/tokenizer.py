@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loop.config import DataConfig
 from loop.data import pydocs
 from loop.data.cache import digest, load_text, save_text
 from loop.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VERSION = "1"  # goes into the cache key; raise it when training changes
 END_OF_TEXT, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -32,6 +34,10 @@ def load_tokenizer(model: str | None, config: DataConfig, vocab_size: int = 4096
     """
     if model is None:
         return _default_tokenizer(config.cache_dir, vocab_size)
+    from transformers import (
+        AutoTokenizer,
+    )  # here, since it imports triton: a command may have to say first that it interprets
+
     _check_folder(model)
     try:
         return AutoTokenizer.from_pretrained(model)
@@ -58,6 +64,8 @@ def _check_folder(model: str) -> None:
 
 
 def _default_tokenizer(cache_dir: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(f"vocab_size {vocab_size} is too small; bytes and special tokens alone take {SMALLEST_VOCABULARY}")
     key = digest(VERSION, pydocs.fingerprint(), str(vocab_size))

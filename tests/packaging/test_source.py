@@ -83,3 +83,15 @@ def test_transformers_imports_from_the_root(root):
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(root / "kernels/__init__.py")
+
+
+COMMANDS = ("abtest.run", "abtest.sanitize", "abtest.sensitivity", "bench.micro", "bench.run", "loop.train")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_can_still_say_that_triton_shall_interpret(command, root):
+    """Triton's own functions are made for compiling or for interpreting when triton is imported, and every command first has
+    to look for a GPU. Optimizations are part of it: their folders are asked for before that."""
+    code = f"import sys, {command}; from kernels import registry; registry.discover(); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip() == "False", done.stderr or f"{command} imports triton"
