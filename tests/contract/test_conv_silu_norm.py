@@ -19,7 +19,6 @@ from kernels.conv_silu_norm.kernel import conv_silu_norm
 from kernels.conv_silu_norm.op import mixer_op
 from kernels.conv_silu_norm.patch import ConvSiluNorm, apply, eligible, mixing_layers
 from kernels.conv_silu_norm.reference import EPS
-from kernels.registry import enable
 from loop.config import Config, DataConfig, LoraConfig
 from loop.delta_net import Pack, PackedDeltaNet
 from loop.run import Run
@@ -294,13 +293,13 @@ def test_another_delta_rule_takes_it_in_either_order(first):
     run, batch = built()
     stock = step(run, batch)
     if first == "conv_silu_norm":
-        enable(run, ["conv_silu_norm"])
+        apply(run)
     layers = [module for module in run.model.modules() if type(module) is PackedDeltaNet]
     for layer in layers:
         layer.__class__ = OtherRule
     if first != "conv_silu_norm":
-        enable(run, ["conv_silu_norm"])
-    assert run.enabled == ["conv_silu_norm"] and len(layers) == 3
+        apply(run)
+    assert len(layers) == 3
     error, where = worst_error(step(run, batch), stock)
     assert error <= 1e-4, where
     assert all(layer.seen == (True, True) for layer in layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import typing
 from pathlib import Path
@@ -53,7 +54,7 @@ def toml(values: dict, prefix: str = "") -> str:
 
 
 def _scalar(value: object) -> str:
-    return json.dumps(value).replace("Infinity", "inf")
+    return str(value) if isinstance(value, float) and math.isinf(value) else json.dumps(value)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
