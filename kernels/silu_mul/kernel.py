@@ -16,7 +16,7 @@ from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 BLOCK = 1024  # 4 warps x 8 elements a thread: one 16-byte load of bf16
-BLOCK_INTERPRETED = 1 << 16  # the interpreter's cost is per program, not per element
+BLOCK_INTERPRETED = 1 << 18  # the interpreter's cost is per program, not per element
 WARPS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
