@@ -290,17 +290,16 @@ class Experiment:
     def _collect(self, spec: ArmSpec) -> _Collected:
         """An arm's evidence but for the tripwire, which has to know what the reference did."""
         began, evidence, error = time.monotonic(), None, None
-        arm = self._arm(spec)
-        try:
-            build = arm.build()
-            self.trained.wait()
-            if not build["refused"]:
-                evidence = self._evidence(arm, build, self._free_run(arm), candidate=True)
-        except ArmFailed as failed:
-            error = failed
-        except BaseException:
-            arm.__exit__(None, None, None)
-            raise
+        with ExitStack() as stack:
+            arm = stack.enter_context(self._arm(spec))
+            try:
+                build = arm.build()
+                self.trained.wait()
+                if not build["refused"]:
+                    evidence = self._evidence(arm, build, self._free_run(arm), candidate=True)
+            except ArmFailed as failed:
+                error = failed
+            stack.pop_all()  # whoever gates the arm ends it
         return _Collected(arm, evidence, error, time.monotonic() - began)
 
     def _compare(self, evidence: Evidence) -> dict[str, Comparison]:

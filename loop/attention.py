@@ -63,12 +63,13 @@ def shows_only(mask: torch.Tensor, parts: Sequence[torch.Tensor], pack: Pack) ->
 
 
 def by_documents(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: Sequence[torch.Tensor],
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: Sequence[torch.Tensor | None],
     pack: Pack, attention: Callable[..., tuple[torch.Tensor, None]], **options,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """`attention` once for all documents of about the same length, as rows; masks: [documents, 1, P, P], one a group."""
+    """`attention` once for all documents of about the same length, as rows; masks: one a group, [documents, 1, P, P] or
+    [1, 1, P, P], None where plain causality is all."""
     B, _, L, _ = query.shape
-    groups = zip(masks, *(pack.split(positions_first(x)) for x in (query, key, value)), strict=True)
+    groups = zip(masks, *(pack.split(_positions_first(x)) for x in (query, key, value)), strict=True)
     parts = []
     for mask, *rows in groups:
         q, k, v = (x.transpose(1, 2) for x in rows)  # [documents, heads, P, D]
@@ -76,7 +77,7 @@ def by_documents(
     return pack.join(parts).unflatten(1, (B, L)).squeeze(0), None
 
 
-def positions_first(x: torch.Tensor) -> torch.Tensor:
+def _positions_first(x: torch.Tensor) -> torch.Tensor:
     """[B, heads, L, D] -> [1, B * L, heads, D]."""
     return x.transpose(1, 2).flatten(0, 1)[None]
 

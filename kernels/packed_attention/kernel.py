@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from loop.attention import attend, positions_first
+from loop.attention import attend, by_documents
 from loop.delta_net import Pack
 
 NAME = "packed_attention"
@@ -28,14 +28,8 @@ def attend_within_documents(
     """
     if pack is None:
         raise ValueError("packed_attention needs the pack's boundaries; call the model through loop.model.forward_body")
-    B, _, L, _ = query.shape
-    groups = zip(*(pack.split(positions_first(x)) for x in (query, key, value)), strict=True)
-    parts = []
-    for q, k, v in groups:
-        mask = _window_mask(q.shape[1], sliding_window, q.device)
-        rows = (x.transpose(1, 2) for x in (q, k, v))  # [documents, heads, chunks * 64, D]
-        parts.append(attend(module, *rows, mask, **options)[0])
-    return pack.join(parts).unflatten(1, (B, L)).squeeze(0), None
+    masks = [_window_mask(positions.shape[1], sliding_window, query.device) for positions in pack.groups]
+    return by_documents(module, query, key, value, masks, pack, attend, **options)
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from kernels.contract import Needs
 from kernels.registry import unmet
+from kernels.rms_norm.patch import has_hooks
 from kernels.rope_qk_norm.layer import Form, FusedQkAttention, computes_the_same, epsilon
 from kernels.rope_qk_norm.reference import normed
 
@@ -55,7 +56,7 @@ def _is_norm(norm: nn.Module, D: int, form: Form) -> bool:
     """
     if set(norm._parameters) != {"weight"} or norm._buffers or norm._modules or "forward" in norm.__dict__:
         return False
-    if any(norm.__dict__[key] for key in norm.__dict__ if key.endswith("_hooks") and "state_dict" not in key):
+    if has_hooks(norm):
         return False
     weight, eps = norm.weight, epsilon(norm)
     if weight is None or weight.shape != (D,) or eps is None or weight.dtype not in DTYPES:

@@ -34,9 +34,8 @@ def load_tokenizer(model: str | None, config: DataConfig, vocab_size: int = 4096
     """
     if model is None:
         return _default_tokenizer(config.cache_dir, vocab_size)
-    from transformers import (
-        AutoTokenizer,
-    )  # here, since it imports triton: a command may have to say first that it interprets
+    # Here, since it imports triton: a command may have to say first that it interprets.
+    from transformers import AutoTokenizer
 
     _check_folder(model)
     try:
