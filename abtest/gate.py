@@ -20,6 +20,7 @@ from abtest.limits import (
     LOSS_SUM_SIGMA,
     RHO,
     RHO_FEW,
+    RHO_FEW_OVERFIT,
     RHO_OVERFIT,
     ROW,
     STEP_SIZE,
@@ -73,7 +74,7 @@ def gradient_checks(state: str, c: Comparison) -> list[Check]:
         Check(f"{prefix}gradient error ratio, geometric mean", c.geomean, geomean, c.geomean <= geomean, "", 2, state),
     ]
     if c.few_name:
-        limit = RHO_OVERFIT if overfit else RHO_FEW
+        limit = RHO_FEW_OVERFIT if overfit else RHO_FEW
         few = Check(f"{prefix}gradient error ratio, worst small tensor", c.few, limit, c.few <= limit, c.few_name, 2, state)
         checks.append(few)
     if not overfit:

@@ -18,7 +18,7 @@ NUMBERS = {
     "gradient scale error": (2, "ALPHA"),
     "overfit gradient error ratio, worst parameter": (2, "RHO_OVERFIT"),
     "overfit gradient error ratio, geometric mean": (2, "GEOMEAN_OVERFIT"),
-    "overfit gradient error ratio, worst small tensor": (2, "RHO_OVERFIT"),
+    "overfit gradient error ratio, worst small tensor": (2, "RHO_FEW_OVERFIT"),
     "update beside fp64 AdamW": (3, "UPDATE"),
     "loss, worst step (sigma)": (4, "LOSS_SIGMA"),
     "loss, sum over steps (sigma)": (4, "LOSS_SUM_SIGMA"),

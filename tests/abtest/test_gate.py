@@ -26,7 +26,7 @@ AT_LIMITS = Comparison(
     limits.RHO_FEW, "*.q",
 )  # fmt: skip
 AT_LIMITS_OVERFIT = dataclasses.replace(
-    AT_LIMITS, rho=limits.RHO_OVERFIT, geomean=limits.GEOMEAN_OVERFIT, few=limits.RHO_OVERFIT
+    AT_LIMITS, rho=limits.RHO_OVERFIT, geomean=limits.GEOMEAN_OVERFIT, few=limits.RHO_FEW_OVERFIT
 )
 
 
