@@ -11,8 +11,8 @@ from __future__ import annotations
 # The worst parameter. Honest rewrites in bf16 came to 1.35 in one half of the catalogue's seeds and to 1.55 in the other: a
 # matrix of a few rows, one a head, whose error is that of a few tokens. The prototype's 1.5 was too near to that.
 RHO = 1.75
-# The worst one with less than 64 elements in all layers together: a dozen numbers, and the reference's own error in them may
-# be small by luck. Honest rewrites on an H200 came to 3.3, and to 4.6 at the overfit state. No planted defect needs this check
+# The worst one with less than 64 elements in all layers together: a dozen numbers, in which the reference's own error may be
+# small by luck. Honest rewrites on an H200 came to 3.3, and to 4.6 at the overfit state. No planted defect needs this check
 # alone.
 RHO_FEW = 6.0
 GEOMEAN = 1.15  # the geometric mean over parameters
