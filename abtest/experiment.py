@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,7 @@ class Experiment:
         self.resync: dict[str, str] = {}
         self.spare: Arm | None = None
         self.repeat_arm: Arm | None = None
+        self.lanes = max(settings.parallel // 2, 1)  # processes that train kicked references
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, float] = {}  # seconds an arm took over a command, "stock: overfit" for example
         self.early: dict[ArmSpec, _Collected] = {}
@@ -109,11 +111,15 @@ class Experiment:
         return lambda done, total: self.on_progress(arm, phase, done, total)
 
     def _together(self, *tasks: Callable[[], Any]) -> list[Any]:
-        """Runs tasks that need different arms, as many at a time as settings allow; the first error is raised."""
+        """Runs tasks that need different arms, as many at a time as settings allow. What failed first is raised: an arm that
+        ends takes others with it, whose complaint would name the wrong one."""
         if self.settings.parallel == 1:
             return [task() for task in tasks]
         with ThreadPoolExecutor(self.settings.parallel) as pool:
-            return [future.result() for future in [pool.submit(task) for task in tasks]]
+            futures = [pool.submit(task) for task in tasks]
+            for future in as_completed(futures):
+                future.result()
+        return [future.result() for future in futures]
 
     # The reference, and all that candidates are compared with
 
@@ -133,7 +139,7 @@ class Experiment:
         tasks = [
             lambda: self._reference_evidence(build),
             self._exact,
-            lambda: self._repeat_and_replicas(again, timed, roomy=not beside),
+            lambda: self._repeat_and_replicas(again, timed, roomy=not beside and self.lanes == 1),
         ]
         if beside:
             tasks.append(lambda: self._collect_early(first))
@@ -190,10 +196,26 @@ class Experiment:
         return self._replicas_with(self.base)
 
     def _replicas_with(self, optimizations: tuple[str, ...]) -> list[list[float]]:
-        with self._arm(ArmSpec("replicas", self.config, optimizations)) as arm:
+        """In several processes where arms work side by side: their host is what the time goes to, not the device."""
+        waiting = queue.SimpleQueue()
+        for seed in range(self.settings.replicas):
+            waiting.put(seed)
+        lanes = range(min(self.lanes, self.settings.replicas))
+        found = self._together(*(lambda lane=lane: self._lane(lane, optimizations, waiting) for lane in lanes))
+        losses = {seed: losses for one in found for seed, losses in one.items()}
+        return [losses[seed] for seed in sorted(losses)]
+
+    def _lane(self, lane: int, optimizations: tuple[str, ...], waiting: queue.SimpleQueue) -> dict[int, list[float]]:
+        """The losses of kicked references by seed, one after another as long as any waits."""
+        done: dict[int, list[float]] = {}
+        with self._arm(ArmSpec(f"replicas {lane + 1}", self.config, optimizations)) as arm:
             arm.build()
-            seeds = range(self.settings.replicas)
-            return [self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"] for seed in seeds]
+            while True:
+                try:
+                    seed = waiting.get_nowait()
+                except queue.Empty:
+                    return done
+                done[seed] = self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"]
 
     # An arm's evidence
 

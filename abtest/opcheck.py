@@ -22,6 +22,7 @@ from kernels.contract import Exactness, Op, Workload
 
 SEEDS = (0, 1, 2)
 TRAINING_DTYPE = "bfloat16"
+NUDGES = 8  # of an op's inputs, where what rounding them does is asked for
 
 Values = dict[str, Tensor | None]
 
@@ -42,10 +43,11 @@ class OpReport:
 
 
 def workloads_for(op: Op, device: torch.device) -> list[Workload]:
-    """All workloads but those beyond 2^31 elements on a GPU; elsewhere the small ones, in fp32, since Triton's interpreter
-    truncates bf16."""
+    """All workloads but those beyond 2^31 elements on a GPU, in bf16, as training is there: in fp32 a library's order of
+    summation alone, another one for other strides, moves a small product's mean error by half. Elsewhere the small ones, in
+    fp32, since Triton's interpreter truncates bf16."""
     if device.type == "cuda":
-        return [workload for workload in op.workloads if not workload.beyond_int32]
+        return [replace(workload, dtype=TRAINING_DTYPE) for workload in op.workloads if not workload.beyond_int32]
     return [replace(workload, dtype="float32") for workload in op.workloads if workload.small]
 
 
@@ -87,17 +89,15 @@ class _Comparison:
         outputs = self.call(self.op.reference, inputs)
         incoming = random_gradients(outputs, self.seed)
         reference = self.values(outputs, inputs, incoming)
-        truth_inputs = tuple(_raise_to_fp64(item) for item in self.build())
-        raised = {name: gradient.double() for name, gradient in incoming.items()}
-        with exact_arithmetic(torch.float64):
-            truth = self.values(self.call(self.op.reference, truth_inputs), truth_inputs, raised)
-        del outputs, truth_inputs
+        truth = self.exactly(self.build(), incoming)
+        del outputs
         bad = [name for side in (reference, truth) for name, value in side.items() if not _is_finite(value)]
         if bad:
             return _invalid(f"the reference itself is not finite in {bad[0]}"), ()
         gradients = [value for name, value in reference.items() if name.startswith("d ")]
         if gradients and all(value is None for value in gradients):
             return _invalid("the reference gives no gradient although an input requires one"), ()
+        self.nudged = self.errors_of_rounded_inputs(incoming, truth) if self.op.backward_stable else {}
         try:
             return self.judge_candidate(before, incoming, reference, truth)
         except torch.OutOfMemoryError:
@@ -105,6 +105,24 @@ class _Comparison:
         except RuntimeError as error:
             line = str(error).strip().splitlines() or [""]
             return _failed("runs", f"the candidate raised {type(error).__name__}: {line[0]}"), ()
+
+    def exactly(self, inputs: Sequence[Any], incoming: dict[str, Tensor], nudge: _Nudge | None = None) -> Values:
+        """The reference's outputs and gradients in fp64, of the inputs or of inputs beside them."""
+        raised = tuple(_raise_to_fp64(item, nudge) for item in inputs)
+        gradients = {name: _raise_to_fp64(gradient, nudge) for name, gradient in incoming.items()}
+        with exact_arithmetic(torch.float64):
+            return self.values(self.call(self.op.reference, raised), raised, gradients)
+
+    def errors_of_rounded_inputs(self, incoming: dict[str, Tensor], truth: Values) -> dict[str, tuple[float, float]]:
+        """By output or gradient: the largest and the mean error that inputs make which are off by up to half an ulp."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for seed in range(NUDGES):
+            values = self.exactly(self.build(), incoming, _Nudge(seed))
+            for name, value in values.items():
+                if value is not None and value.numel():
+                    error = (value - truth[name]).abs()
+                    found.setdefault(name, []).append((error.max().item(), error.mean().item()))
+        return {name: (max(m for m, _ in e), sum(mean for _, mean in e) / len(e)) for name, e in found.items()}
 
     def judge_candidate(
         self, before: Values, incoming: dict[str, Tensor], reference: Values, truth: Values
@@ -125,7 +143,7 @@ class _Comparison:
         second = self.values(self.call(self.op.candidate, inputs), inputs, incoming)
         after = _snapshot(self.names, inputs) | {f"incoming {name}": gradient for name, gradient in incoming.items()}
         wanted = before | {f"incoming {name}": gradient for name, gradient in sent.items()}
-        quantities = _compare_all(truth, reference, first)
+        quantities = _compare_all(truth, reference, first, self.nudged)
         checks = [
             *_ratio_checks(quantities),
             _same("second backward", first, again),
@@ -176,13 +194,29 @@ def _snapshot(names: Sequence[str], inputs: Sequence[Any]) -> Values:
     return {name: tensor.detach().clone() for name, tensor in held}
 
 
-def _raise_to_fp64(item: Any) -> Any:
+class _Nudge:
+    """Moves numbers by up to half a unit in the last place of their own dtype, evenly spread."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.calls = seed, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        generator = torch.Generator(x.device).manual_seed(self.seed + (self.calls << 16))
+        shift = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64) - 0.5
+        return x.double() * (1 + torch.finfo(x.dtype).eps * shift)
+
+
+def _raise_to_fp64(item: Any, nudge: _Nudge | None = None) -> Any:
     if isinstance(item, nn.Module):
+        if nudge is not None:
+            raise TypeError("a module's parameters are not nudged; an op judged as backward stable takes tensors")
         return item.double()  # a fresh build of its own: nobody else sees the change
     if isinstance(item, Tensor) and item.is_floating_point():
-        return item.detach().double().requires_grad_(item.requires_grad)
+        raised = item.detach().double() if nudge is None else nudge(item.detach())
+        return raised.requires_grad_(item.requires_grad)
     if is_dataclass(item) and not isinstance(item, type):
-        return replace(item, **{field.name: _raise_to_fp64(getattr(item, field.name)) for field in fields(item)})
+        return replace(item, **{field.name: _raise_to_fp64(getattr(item, field.name), nudge) for field in fields(item)})
     return item
 
 
@@ -210,9 +244,13 @@ def _missing_gradient(candidate: Values, reference: Values) -> str | None:
     return None
 
 
-def _compare_all(truth: Values, reference: Values, candidate: Values) -> tuple[Quantity, ...]:
+def _compare_all(
+    truth: Values, reference: Values, candidate: Values, nudged: dict[str, tuple[float, float]]
+) -> tuple[Quantity, ...]:
     present = [name for name, value in reference.items() if value is not None]
-    return tuple(compare(name, truth[name], reference[name], candidate[name]) for name in present)
+    return tuple(
+        compare(name, truth[name], reference[name], candidate[name], nudged.get(name, (0.0, 0.0))) for name in present
+    )
 
 
 def _ratio_checks(quantities: Sequence[Quantity]) -> list[Check]:

@@ -34,8 +34,11 @@ class Quantity:
         return self.max_ratio <= MAX_RATIO and self.mean_ratio <= MEAN_RATIO
 
 
-def compare(name: str, truth: Tensor, reference: Tensor, candidate: Tensor) -> Quantity:
-    """Errors of two results of one dtype against fp64 truth, all of one shape.
+def compare(
+    name: str, truth: Tensor, reference: Tensor, candidate: Tensor, nudged: tuple[float, float] = (0.0, 0.0)
+) -> Quantity:
+    """Errors of two results of one dtype against fp64 truth, all of one shape. nudged: the largest and the mean error that
+    rounding the inputs would have made, which is added to the reference's as an independent error is.
 
     A reference error counts as at least what correct rounding of values of this size costs (a quarter of eps of the
     largest, an eighth of eps of the mean magnitude; twice eps of the largest where there are fewer than 64 values, since
@@ -53,8 +56,9 @@ def compare(name: str, truth: Tensor, reference: Tensor, candidate: Tensor) -> Q
     of_reference, of_candidate = (reference.double() - truth).abs(), (candidate.double() - truth).abs()
     max_error, mean_error = of_candidate.max().item(), of_candidate.mean().item()
     reference_max, reference_mean = of_reference.max().item(), of_reference.mean().item()
-    max_ratio = _ratio(max_error, max(reference_max, (2 if few else 0.25) * eps * largest))
-    mean_ratio = _ratio(mean_error, max(reference_mean, 2 * eps * largest if few else 0.125 * eps * mean))
+    max_scale, mean_scale = math.hypot(reference_max, nudged[0]), math.hypot(reference_mean, nudged[1])
+    max_ratio = _ratio(max_error, max(max_scale, (2 if few else 0.25) * eps * largest))
+    mean_ratio = _ratio(mean_error, max(mean_scale, 2 * eps * largest if few else 0.125 * eps * mean))
     return Quantity(name, max_ratio, mean_ratio, max_error, mean_error, reference_max, reference_mean, same)
 
 

@@ -43,6 +43,8 @@ from loop.model import resolve_device
 from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of the arms, which share one GPU: what one of them keeps in pieces that it can't use the others can't have.
+MEMORY = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 SHORTEST_CALL = 0.5  # seconds; what took less is not listed
 
 
@@ -136,7 +138,7 @@ def _gate(
         claim = max(claim, Exactness.ROUNDING, key=registry.ORDER.index)
     names = (*command.optimization, *([command.plant] if command.plant else []))
     spec = ArmSpec(" + ".join(names), config, tuple(command.optimization), command.plant)
-    with Experiment(config, command.gate, scratch, dict(os.environ) | variables, progress) as experiment:
+    with Experiment(config, command.gate, scratch, MEMORY | os.environ | variables, progress) as experiment:
         try:
             experiment.prepare(spec, timed=False)
         except ArmFailed as error:

@@ -66,6 +66,10 @@ class Op:
     floating-point tensor in `inputs` that requires one, a dataclass's fields included, and for every trainable parameter of
     a module in it.
     `bytes_moved(workload)` and `flops(workload)` are the least that forward plus backward must move and compute.
+    `backward_stable`: the claim is that the result is that of inputs and incoming gradients which are off by no more than
+    their own rounding; for a kernel that hands intermediates on in the inputs' precision where PyTorch would upcast. What
+    such a rounding does to the exact result then counts as an error of the reference's. The definition is Higham's, Accuracy
+    and Stability of Numerical Algorithms, section 1.5 (mixed forward-backward stability). Whole runs have no such allowance.
     """
 
     reference: Callable[..., Any]
@@ -74,6 +78,7 @@ class Op:
     workloads: tuple[Workload, ...]
     bytes_moved: Callable[[Workload], int]
     flops: Callable[[Workload], int]
+    backward_stable: bool = False
 
 
 @dataclass(frozen=True)

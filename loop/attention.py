@@ -47,7 +47,10 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and attention_mask.dtype == torch.bool and pack and query.dtype != torch.float32:
         parts = [_part_of(attention_mask, positions) for positions in pack.groups]
-        if shows_only(attention_mask, parts, pack):
+        # The answer is on the device. A graph that is being captured can't wait for it, and takes that of its warm-up.
+        if not capturing(attention_mask):
+            module.documents_apart = shows_only(attention_mask, parts)
+        if module.documents_apart:
             return by_documents(module, query, key, value, parts, pack, _attend_strictly, **options)
     return _attend_strictly(module, query, key, value, attention_mask, **options)
 
@@ -56,9 +59,14 @@ def on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def shows_only(mask: torch.Tensor, parts: Sequence[torch.Tensor], pack: Pack) -> bool:
+def capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def shows_only(mask: torch.Tensor, parts: Sequence[torch.Tensor]) -> bool:
     """Whether `mask` [B, 1, L, L] shows nothing but what `parts` show, of which every position of filling shows itself."""
-    filling = sum(part.shape[0] * part.shape[-1] for part in parts) - sum(pack.lengths)
+    B, _, L, _ = mask.shape
+    filling = sum(part.shape[0] * part.shape[-1] for part in parts) - B * L
     return int(mask.sum()) == int(sum(part.sum() for part in parts)) - filling
 
 

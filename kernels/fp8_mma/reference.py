@@ -23,9 +23,10 @@ def quantise_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = x.float()
     largest = wide.abs().amax(-1).clamp(min=FLOOR)
-    scaled = wide * (LARGEST / largest)[:, None]
+    full = torch.full_like(largest, LARGEST)  # PyTorch may multiply by one over a Python number instead of dividing
+    scaled = wide * (full / largest)[:, None]
     codes = scaled.clamp(-LARGEST, LARGEST).to(E4M3).view(torch.uint8)
-    return codes.masked_fill_(scaled.isnan(), NAN), largest / LARGEST
+    return codes.masked_fill_(scaled.isnan(), NAN), largest / full
 
 
 def decode(codes: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ def delta_rule_op(*cases: tuple[Workload, tuple[int, ...]]) -> Op:
         ends = torch.tensor((0, *documents)).cumsum(0)
         return q, k, v, g, beta, Pack(ends.to(device, torch.int32), documents)
 
-    return Op(delta_rule, _candidate, inputs, tuple(workload for workload, _ in cases), _bytes_moved, _flops)
+    workloads = tuple(workload for workload, _ in cases)
+    # FLA hands the states and the inverse on between its kernels in bf16; PyTorch's code has fp32 from end to end.
+    return Op(delta_rule, _candidate, inputs, workloads, _bytes_moved, _flops, backward_stable=True)
 
 
 def _candidate(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -37,10 +39,10 @@ def settings(tmp_path) -> GateConfig:
 
 @pytest.fixture
 def experiment(tmp_path, settings):
-    """Its folder is a fresh one, and its arms are processes, three at a time."""
+    """Its folder is a fresh one, and its arms are processes, four at a time, two of them for kicked references."""
     (tmp_path / "gate").mkdir()
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
-    with Experiment(CONFIG, dataclasses.replace(settings, parallel=3), tmp_path / "gate", environment, silent) as made:
+    with Experiment(CONFIG, dataclasses.replace(settings, parallel=4), tmp_path / "gate", environment, silent) as made:
         yield made
 
 
@@ -87,8 +89,32 @@ def test_a_reference_that_cannot_learn_by_heart_keeps_nobody_waiting(experiment,
         return ask(command, *arguments, **named)
 
     monkeypatch.setattr(experiment.reference_arm, "call", fails)
-    with pytest.raises(ArmFailed):
+    with pytest.raises(ArmFailed, match="out of memory"):
         experiment.prepare(FIRST)
+
+
+def test_what_failed_first_is_raised(experiment):
+    """Later ones may only be its consequence, whatever the order in which they were asked for."""
+    failed = threading.Event()
+
+    def cause():
+        failed.set()
+        raise ArmFailed("out of memory")
+
+    def consequence():
+        failed.wait()
+        time.sleep(0.2)
+        raise ArmFailed("ended with code 0")
+
+    with pytest.raises(ArmFailed, match="out of memory"):
+        experiment._together(consequence, cause)
+    assert experiment._together(lambda: 1, lambda: 2) == [1, 2]
+
+
+def test_kicked_references_are_shared_out_among_lanes(experiment):
+    experiment._free_run = lambda arm, phase, **options: {"loss": [float(options["kick_seed"])]}
+    assert experiment.lanes == 2
+    assert experiment._replicas_with(()) == [[0.0], [1.0]]
 
 
 def test_replicas_that_do_not_fit_without_recomputation_run_with_it(experiment, monkeypatch):
