@@ -7,23 +7,29 @@ from collections.abc import Iterator
 import torch
 
 from kernels.conv_silu_norm import device, kernel
-from kernels.cross_compile import CompileCase, Expected
+from kernels.cross_compile import CompileCase, Expected, Instruction
 
 T, HK, K, VALUES = 5376, 16, 128, 2048
 LAYER = {"HK": HK, "K": K, "VALUES": VALUES}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Forward 128 registers: 4 blocks of 4 warps on an SM. Backward keeps windows of x and dp, weights and sums of dw in
 # registers on purpose. Shared memory: sums that cross warps, and tiles on their way to another layout.
-REGISTERS = {"forward": 128, "backward": 160, "backward with dw": 200, "sum of dw": 128}
+REGISTERS = {"forward": 128, "backward": kernel.REGISTERS, "backward with dw": kernel.REGISTERS_DWEIGHT, "sum of dw": 128}
+# One for each of a thread's elements, in front of a row's sum, where a fused one would give lanes different sums.
+ROUNDED = {
+    "bf16": Instruction("rounded product", r"^mul\.rn(\.ftz)?\.f32", least=4),
+    "fp32": Instruction("rounded product", r"^mul\.rn\.f64", least=4),
+}
 
 
 def _case(name: str, dtype: str, function, tensors: tuple[str, ...], others: dict[str, str], **constexprs) -> CompileCase:
-    options = {"num_warps": constexprs.pop("num_warps")} if "num_warps" in constexprs else {}
+    options = {option: constexprs.pop(option) for option in ("num_warps", "maxnreg") if option in constexprs}
+    rounded = () if function is device.reduce_kernel else (ROUNDED[dtype],)
     return CompileCase(
         name=f"{name}, {dtype}",
         kernel=function,
         signature={argument: f"*{dtype}" for argument in tensors} | others,
-        expected=Expected(registers=REGISTERS[name], shared_bytes=16_384),
+        expected=Expected(registers=REGISTERS[name], shared_bytes=16_384, instructions=rounded),
         constexprs=constexprs,
         multiples_of_16=tuple(argument for argument in others if argument == "x_stride"),
         options=options,

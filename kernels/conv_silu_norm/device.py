@@ -26,6 +26,15 @@ def _sigmoid_and_silu(b_x, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _row_sums(b_a, b_b, WIDE: tl.constexpr):
+    """Sums of a b over columns, wide. Products are rounded before they are added: where a lane has one alone, fusing it with
+    the addition of its neighbour's would leave lanes with different sums of a row, which all of them write to one place."""
+    b_a, b_b = b_a.to(WIDE), b_b.to(WIDE)
+    b_products = b_a * b_b if INTERPRETED else libdevice.mul_rn(b_a, b_b)
+    return tl.sum(b_products, axis=1)
+
+
+@triton.jit
 def _products(b_w3, b_w2, b_w1, b_w0, b_a, b_b, b_c, b_d, WIDE: tl.constexpr):
     """w3 a + w2 b + w1 c + w0 d in fp32."""
     b_sum = b_w3.to(WIDE) * b_a.to(WIDE) + b_w2.to(WIDE) * b_b.to(WIDE)
@@ -79,7 +88,7 @@ def forward_kernel(
     b_pre = b_sum.to(tl.float32)
     _, b_y = _sigmoid_and_silu(b_pre, WIDE)
     if i_head < 2 * HK:
-        b_squares = tl.sum(b_y.to(WIDE) * b_y.to(WIDE), axis=1) + eps
+        b_squares = _row_sums(b_y, b_y, WIDE) + eps
         b_rstd = (1.0 / tl.sqrt(b_squares)).to(tl.float32) if dtype == tl.float32 else tl.rsqrt(b_squares)
         tl.store(p_rstd + o_t * (2 * HK) + i_head, b_rstd, mask=m_t)
         b_y = b_y * b_rstd[:, None]
@@ -108,7 +117,7 @@ def _differentiate_row(b_pre, b_dy, b_rstd, normed, WIDE: tl.constexpr):
     b_da = b_dy
     if normed:
         b_y = b_silu * b_rstd
-        b_sum = tl.sum(b_dy.to(WIDE) * b_y.to(WIDE), axis=1).to(tl.float32)
+        b_sum = _row_sums(b_dy, b_y, WIDE).to(tl.float32)
         b_da = b_rstd * (b_dy - b_y * b_sum[:, None])
     return b_da * (b_sigmoid + b_silu * (1.0 - b_sigmoid))
 
@@ -196,8 +205,11 @@ def backward_kernel(
     b_xa = tl.load(p_x - 3 * x_stride, mask=m_c & (first >= 3) & (first - 3 < T), other=0.0).to(tl.float32)
     b_xb = tl.load(p_x - 2 * x_stride, mask=m_c & (first >= 2) & (first - 2 < T), other=0.0).to(tl.float32)
     b_xc = tl.load(p_x - x_stride, mask=m_c & (first >= 1) & (first - 1 < T), other=0.0).to(tl.float32)
+    # Zeros for each: Triton takes a name that is given the value it began with, even by another name, for unchanged.
     b_da = tl.zeros([CHUNKS * BH, BD], dtype=tl.float32)
-    b_db, b_dc, start_b, start_c = b_da, b_da, first * 0 + T, first * 0 + T
+    b_db = tl.zeros([CHUNKS * BH, BD], dtype=tl.float32)
+    b_dc = tl.zeros([CHUNKS * BH, BD], dtype=tl.float32)
+    start_b, start_c = first * 0 + T, first * 0 + T
     b_next_x, b_next_dy, b_next_rstd, next_start = _load_row(p_x, p_dy, p_rstd, p_starts, m_c, m_h, first < T, T)
     for i in range(-3, rows):
         s = first + i

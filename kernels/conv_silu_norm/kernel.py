@@ -28,7 +28,10 @@ HEADS = 4  # whose rows a backward program walks down side by side
 ROW_A_WARP = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 # Backward programs that share the rows: what fits on 132 multiprocessors at once, for a walk has a long tail. Constants, so
 # that no device sums in another order. A program computes three rows more than it owns, so it owns not too few.
-PROGRAMS, PROGRAMS_DWEIGHT = 896, 768
+PROGRAMS, PROGRAMS_DWEIGHT = 896, 640
+# A thread's, at most: 7 and 5 programs of two warps fit on a multiprocessor. Uncapped, ptxas takes more, and fewer fit.
+REGISTERS, REGISTERS_DWEIGHT = 144, 192
+REGISTERS_A_BLOCK = 1 << 16
 FEWEST_ROWS, FEWEST_ROWS_INTERPRETED = 16, 4
 COLUMNS = 16  # of the partial sums that one program adds up
 WIDEST = 1024  # elements of a head of q or k
@@ -53,7 +56,9 @@ def backward_tiling(T: int, HK: int, K: int, VALUES: int, dtype: torch.dtype, wi
     fitting = triton.next_power_of_2(triton.cdiv(TILE_INTERPRETED, BH * BD))
     chunks = min(triton.next_power_of_2(triton.cdiv(T, rows)), fitting) if INTERPRETED else 1
     warps = min(max(BH * BD // ROW_A_WARP[dtype], 1), 16)
-    return {"rows": rows, "GROUPS_QK": of_q, "GROUPS": groups, "BH": BH, "BD": BD, "CHUNKS": chunks, "num_warps": warps}
+    registers = min(REGISTERS_DWEIGHT if with_dweight else REGISTERS, REGISTERS_A_BLOCK // (32 * warps))
+    shares = {"rows": rows, "GROUPS_QK": of_q, "GROUPS": groups, "BH": BH, "BD": BD, "CHUNKS": chunks}
+    return shares | {"num_warps": warps, "maxnreg": registers}
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +32,14 @@ from loop.training import build
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ONE_TOKEN = (1,) * 9 + (2, 1, 3, 1, 5)
+COMPILE_BACKWARD = """
+import sys
+from pathlib import Path
+from bench.cross_compile.compilers import with_triton
+from kernels.conv_silu_norm.cross_compile import CASES
+(case,) = (case for case in CASES if case.name == "backward with dw, fp32")
+with_triton(case, "sm_90a", Path(sys.argv[1]))
+"""
 
 
 def pack_of(*lengths: int) -> Pack:
@@ -87,6 +101,21 @@ def test_shapes_that_no_block_divides(documents, HK, K, V):
     assert report.passed, report.verdict.reason
 
 
+@pytest.fixture
+def tiled_as_on_a_gpu(monkeypatch):
+    """The interpreter gets the tiles that a GPU gets: four heads a program, in several groups, and one chunk."""
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    tile = kernel.backward_tiling(40, 2, 8, 20, torch.float32, True)
+    assert (tile["BH"], tile["GROUPS"], tile["CHUNKS"], tile["rows"]) == (4, 3, 1, 16)
+
+
+@pytest.mark.parametrize("name", ["small, documents of 1 to 5", "small, ragged, frozen"])
+def test_the_op_check_passes_with_the_tiles_of_a_gpu(name, tiled_as_on_a_gpu):
+    (workload,) = (workload for workload in OPTIMIZATION.op.workloads if workload.name == name)
+    report = check_op(OPTIMIZATION.op, workload, DEVICE)
+    assert report.passed, report.verdict.reason
+
+
 @pytest.mark.parametrize("documents", [(1,), (2,), (3,), (4, 1), (1, 1, 1, 1), (5, 8, 2, 1, 9), ONE_TOKEN], ids=str)
 @pytest.mark.parametrize("chunks", [1, 2], ids=["alone", "side by side"])
 def test_rows_shared_out_over_chunks(documents, chunks, monkeypatch):
@@ -95,6 +124,26 @@ def test_rows_shared_out_over_chunks(documents, chunks, monkeypatch):
         monkeypatch.setattr(kernel, constant, 3)
     monkeypatch.setattr(kernel, "TILE_INTERPRETED", 32 * chunks)  # chunks of 4 heads of 8
     assert_near_truth(*inputs_of(sum(documents), 2, 8, 20), pack_of(*documents), 2, 8)
+
+
+@pytest.mark.parametrize("documents", [(2,), (5, 8, 2, 1, 9), ONE_TOKEN], ids=str)
+@pytest.mark.parametrize(("HK", "V"), [(2, 20), (6, 44)], ids=["a group", "groups"])
+def test_rows_shared_out_with_the_tiles_of_a_gpu(documents, HK, V, tiled_as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(kernel, "FEWEST_ROWS", 3)
+    assert_near_truth(*inputs_of(sum(documents), HK, 8, V), pack_of(*documents), HK, 8)
+
+
+def test_the_compiled_walk_hands_on_every_window(tmp_path):
+    """Triton decides which names a loop carries from one row to the next; its interpreter, which runs Python, does not."""
+    where = {"env": os.environ | {"TRITON_INTERPRET": "0"}, "cwd": Path(kernel.__file__).parents[2]}
+    words = [sys.executable, "-c", COMPILE_BACKWARD, str(tmp_path)]
+    done = subprocess.run(words, **where, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (code,) = tmp_path.rglob("backward_kernel.ttir")
+    (carried,) = re.findall(r"scf\.for .* -> \((.*)\) +: i32 \{", code.read_text(encoding="utf-8"))
+    values, row = Counter(re.findall(r"tensor<4x128xf\d\d>|i32(?!>)", carried)), "tensor<4x128xf32>"
+    windows = {row: 3 + 3 + 2, "i32": 2 + 1}  # rows of x and of dp, and the next x and dy; starts, and the next one
+    assert values == windows | {"tensor<4x128xf64>": 4}  # the sums of dw
 
 
 def test_a_document_has_the_bits_that_it_has_alone():
