@@ -4,6 +4,7 @@ elements, and every custom op against PyTorch's own rules for one."""
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ TUNED = [
     for name, optimization in discover().items()
     if optimization.op is not None and ((optimization.needs.triton and optimization.needs.packages) or tuners(optimization))
 ]
+
+
+@pytest.fixture(autouse=True)
+def room() -> Iterator[None]:
+    """Truth in fp64 for a whole vocabulary takes tens of GiB; what is left of it in the cache the arms' processes lack."""
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.lossless
