@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = parse(default_for(arguments, Command()), "python -m abtest.run", "Gates one optimization.", arguments)
     optimizations = _checked(command)
+    command = registry.with_recipes(command, command.optimization)
     device, _ = resolve_device(command)
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, here and in the arms

@@ -11,6 +11,7 @@ from abtest.census import count_launches
 from abtest.free_run import step_batches
 from loop import attention
 from loop.data import Dataset
+from loop.rows import positions_of
 from loop.run import Run
 
 
@@ -34,8 +35,8 @@ class Stopwatch:
             self._block()
         if self.run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.run.device)
-        totals = ("positions", "real_tokens", "supervised_tokens")
-        return {name: sum(getattr(batch, name) for batch in self.batches) for name in totals}
+        totals = {name: sum(getattr(b, name) for b in self.batches) for name in ("real_tokens", "supervised_tokens")}
+        return totals | {"positions": sum(positions_of(self.run, batch) for batch in self.batches)}
 
     def _block(self) -> float:
         self._synchronize()

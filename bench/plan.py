@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from abtest.command import arm_units as gate_units
+from abtest.command import reference_units
+from abtest.settings import GateConfig
 from bench.peers import PEERS
 from bench.records import Role
 from kernels import registry
@@ -17,7 +20,8 @@ from loop.errors import UserError
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One arm to gate and time. missing: why it cannot run here at all. untimed: why it is gated but not timed."""
+    """One arm to gate and time. missing: why it cannot run here at all. untimed: why it is gated but not timed. own_stock:
+    it is compared with stock of its own configuration, not with the run's."""
 
     name: str
     role: Role
@@ -28,6 +32,7 @@ class ArmPlan:
     why_exact: str
     missing: str | None = None
     untimed: str | None = None
+    own_stock: bool = False
 
 
 def plan_arms(names: Iterable[str], config: Config, device: torch.device) -> list[ArmPlan]:
@@ -48,16 +53,18 @@ def plan_arms(names: Iterable[str], config: Config, device: torch.device) -> lis
 
 
 def _optimization_arm(optimization: Optimization, config: Config, device: torch.device) -> ArmPlan:
+    own = registry.with_recipes(config, [optimization.name])
     return ArmPlan(
         name=optimization.name,
         role="negative" if registry.is_negative(optimization.name) else "optimization",
         optimizations=(optimization.name,),
-        config=config,
+        config=own,
         claim=optimization.exactness,
         summary=optimization.summary,
         why_exact=optimization.why_exact,
         missing=registry.unmet(optimization.needs, device),
         untimed=untimed_reason([optimization], device),
+        own_stock=own != config,
     )
 
 
@@ -94,6 +101,17 @@ def combination(names: list[str], config: Config) -> ArmPlan | None:
         summary=f"{', '.join(kept)} together",
         why_exact="each part by its own argument; the whole by its own gate",
     )
+
+
+def arm_units(gate: GateConfig, blocks: int, own_stock: bool = False) -> int:
+    """Units of work of an arm for the progress bar: a unit is a step of training, a probe batch or a block of timing."""
+    return gate_units(gate) + blocks + own_stock * reference_units(gate)
+
+
+def planned_units(gate: GateConfig, blocks: int, arms: list[ArmPlan], combine: bool) -> int:
+    """Those of a whole run."""
+    own = sum(arm_units(gate, blocks, plan.own_stock) for plan in arms)
+    return reference_units(gate) + blocks + combine * arm_units(gate, blocks) + own
 
 
 def untimed_reason(optimizations: list[Optimization], device: torch.device) -> str | None:

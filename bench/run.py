@@ -11,13 +11,13 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from abtest.arm import ArmFailed, ArmSpec
-from abtest.command import arm_units as gate_units
-from abtest.command import check_gate, default_for, gate_config, reference_units
+from abtest.command import check_gate, default_for, gate_config
 from abtest.environment import describe
 from abtest.experiment import Candidate, Experiment
 from abtest.progress import GateProgress
@@ -26,7 +26,8 @@ from abtest.verdict import Level, Verdict
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.clock import TimingConfig, time_arms, time_equals
 from bench.micro import run_micro
-from bench.plan import ArmPlan, combination, plan_arms
+from bench.own_stock import changed, note
+from bench.plan import ArmPlan, arm_units, combination, plan_arms, planned_units
 from bench.records import Record, append, read
 from bench.report import render, summary_json
 from kernels import registry
@@ -56,21 +57,35 @@ class Bench:
     """One run: the experiment, what is the same in all its records, and the records so far."""
 
     def __init__(
-        self, command: Command, progress: GateProgress, experiment: Experiment, ceilings: Ceilings, facts: dict[str, Any]
-    ) -> None:
+        self, command: Command, progress: GateProgress, experiment: Experiment, ceilings: Ceilings, facts: dict[str, Any],
+        own_experiment: Callable[[ArmPlan], Experiment] | None = None,
+    ) -> None:  # fmt: skip
         self.command, self.progress, self.experiment, self.facts = command, progress, experiment, facts
         self.ceilings, self.matmul_rate = ceilings, ceilings.matmul_flops_per_s
         self.path = command.reports / "data" / facts["environment"]["device_slug"] / "records.jsonl"
         self.records: list[Record] = []
+        self.config = gate_config(command, command.gate)
+        self.own_experiment = own_experiment  # for an arm with a stock of its own
 
-    def keep(self, plan: ArmPlan, verdict: Verdict, losses=(), perf=None, untimed=None, paths=None, **extra: Any) -> None:
-        """Appends one record to the file, and says how the arm ended."""
+    def keep(
+        self, plan: ArmPlan, verdict: Verdict, losses=(), perf=None, untimed=None, paths=None,
+        beside: Experiment | None = None, **extra: Any,
+    ) -> None:  # fmt: skip
+        """Appends one record to the file, and says how the arm ended. beside: the experiment that gated it, if not the
+        run's."""
+        experiment = beside or self.experiment
         facts = dict(self.facts, environment=dict(self.facts["environment"], paths=paths or {}))
-        reference = tuple(self.experiment.reference.losses)
+        if plan.own_stock:
+            facts["recipe"] = facts["recipe"] | changed(plan.config, self.config)
+            extra.setdefault("notes", (note(plan.config, self.config, None),))
+        if beside is not None:
+            facts["data"] = beside.reference.build["data"]
+        compared = beside is not None or not plan.own_stock  # its own stock may not have come that far
+        reference = tuple(experiment.reference.losses) if compared else ()
         record = Record(
             arm=plan.name, role=plan.role, optimizations=plan.optimizations, verdict=verdict, summary=plan.summary,
             exactness=plan.claim.value, why_exact=plan.why_exact, finished_at=_now(), losses=tuple(losses),
-            reference_losses=reference, noise_sigma=tuple(self.experiment.sigma), perf=perf, untimed=untimed,
+            reference_losses=reference, noise_sigma=tuple(experiment.sigma) if compared else (), perf=perf, untimed=untimed,
             **facts, **extra,
         )  # fmt: skip
         append(self.path, record)
@@ -112,35 +127,57 @@ class Bench:
         """Gates one arm, times it if it passed and may be timed, and keeps its record."""
         if plan.missing is not None:
             self.keep(plan, Verdict(Level.NOT_RUN, plan.missing))
-            self._skip_rest(0)
+            self._skip_rest(plan, 0)
             return
         done = self.progress.done
+        if plan.own_stock:
+            self._arm_beside_own_stock(plan)
+        else:
+            self._arm_beside(plan, None)
+        self._skip_rest(plan, self.progress.done - done)
+
+    def _arm_beside_own_stock(self, plan: ArmPlan) -> None:
+        """The arm, and stock of its own recipe, which runs for it alone with an oracle and a noise floor of its own."""
+        with self.own_experiment(plan) as experiment:
+            try:
+                experiment.prepare(timed=False)
+            except ArmFailed as error:
+                self.progress.say(error.output)
+                self.keep(plan, Verdict(Level.INVALID, f"stock of its own recipe: {error}"))
+            else:
+                self._arm_beside(plan, experiment)
+
+    def _arm_beside(self, plan: ArmPlan, beside: Experiment | None) -> None:
+        experiment = beside or self.experiment
         try:
-            candidate = self.experiment.gate_arm(ArmSpec(plan.name, plan.config, plan.optimizations), plan.claim)
+            candidate = experiment.gate_arm(ArmSpec(plan.name, plan.config, plan.optimizations), plan.claim)
         except ArmFailed as error:
             self.progress.say(error.output)
-            self.keep(plan, Verdict(Level.FAILED, str(error)))
+            self.keep(plan, Verdict(Level.FAILED, str(error)), beside=beside)
         else:
             with candidate.arm:
-                self._keep_candidate(plan, candidate)
-        self._skip_rest(self.progress.done - done)
+                self._keep_candidate(plan, candidate, beside)
 
-    def _keep_candidate(self, plan: ArmPlan, candidate: Candidate) -> None:
-        perf, untimed = None, None
+    def _keep_candidate(self, plan: ArmPlan, candidate: Candidate, beside: Experiment | None) -> None:
+        own, perf, untimed = None, None, None
         if candidate.verdict.level.lossless:
             untimed = plan.untimed
             if untimed is None:
-                stock = self.experiment.reference_arm
+                stock = (beside or self.experiment).reference_arm
+                time = time_arms if beside is None else time_equals
                 try:
-                    perf = time_arms(stock, candidate.arm, self.command.timing, self.matmul_rate, self.progress)
+                    perf = time(stock, candidate.arm, self.command.timing, self.matmul_rate, self.progress)
                 except ArmFailed as error:  # the gate's verdict stands
                     self.progress.say(error.output)
                     untimed = f"timing broke off: {error}"
+        if beside is not None and perf is not None:
+            own, perf = perf
         evidence = candidate.evidence
         self.keep(
             plan, candidate.verdict, evidence.losses if evidence else (), perf, untimed,
             paths=evidence.build["paths"] if evidence else None,
             micro=self._micro(plan) if candidate.verdict.level.lossless else None,
+            **({"beside": beside, "notes": (note(plan.config, self.config, own),)} if beside is not None else {}),
         )  # fmt: skip
 
     def _micro(self, plan: ArmPlan) -> dict[str, Any] | None:
@@ -155,22 +192,13 @@ class Bench:
             self.progress.say(f"{plan.name}: its microbenchmark broke off: {str(error).splitlines()[0]}")
             return None
 
-    def _skip_rest(self, done: int) -> None:
-        self.progress.skip(arm_units(self.command) - done)
+    def _skip_rest(self, plan: ArmPlan, done: int) -> None:
+        self.progress.skip(arm_units(self.command.gate, self.command.timing.blocks, plan.own_stock) - done)
 
-    def passed(self) -> list[str]:
-        """Optimizations that are lossless here and were timed, in the order of their arms."""
-        return [r.arm for r in self.records if r.role == "optimization" and r.verdict.level.lossless and r.perf is not None]
-
-
-def arm_units(command: Command) -> int:
-    return gate_units(command.gate) + command.timing.blocks
-
-
-def planned_units(command: Command, arms: int) -> int:
-    """Units of work for the progress bar: a unit is a step of training, a probe batch or a block of timing."""
-    reference = reference_units(command.gate) + command.timing.blocks
-    return reference + (arms + command.combine) * arm_units(command)
+    def passed(self, arms: list[ArmPlan]) -> list[str]:
+        """Those of `arms` that are optimizations, lossless beside the run's stock, and timed."""
+        fast = {r.arm for r in self.records if r.role == "optimization" and r.verdict.level.lossless and r.perf is not None}
+        return [plan.name for plan in arms if plan.name in fast and not plan.own_stock]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,16 +214,22 @@ def main(argv: list[str] | None = None) -> int:
     _check_records(command.reports, facts["environment"]["device_slug"])
     with (
         tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
-        GateProgress(planned_units(command, len(arms))) as progress,
+        GateProgress(planned_units(command.gate, command.timing.blocks, arms, command.combine)) as progress,
         Experiment(
             gate_config(command, command.gate), command.gate, Path(scratch), dict(os.environ), progress
         ) as experiment,
     ):
-        bench = Bench(command, progress, experiment, ceilings, facts)
+
+        def own_experiment(plan: ArmPlan) -> Experiment:
+            folder = Path(scratch) / plan.name
+            folder.mkdir()
+            return Experiment(plan.config, command.gate, folder, dict(os.environ), progress)
+
+        bench = Bench(command, progress, experiment, ceilings, facts, own_experiment)
         bench.reference()
         for plan in arms:
             bench.arm(plan)
-        together = combination(bench.passed(), gate_config(command, command.gate)) if command.combine else None
+        together = combination(bench.passed(arms), gate_config(command, command.gate)) if command.combine else None
         if together is not None:
             bench.arm(together)
     render(command.reports / "data", command.reports)

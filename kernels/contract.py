@@ -100,7 +100,8 @@ class Optimization:
     eligible(run): None, or in words why this run can't have it. apply(run): changes `run.model` (modules swapped for
     modules), `run.loss_head`, `run.micro_step` or `run.optimizer`, and nothing else. `why_exact` names the argument for
     `exactness`, and for ROUNDING the operation whose rounding or order of summation changes. `fails`: only in
-    `negative_results/`.
+    `negative_results/`. `recipe`: what a run must be besides for there to be something to do, as a TOML recipe would say it.
+    Stock of that recipe is then what it is compared with, so its speed is of no combination's and never ships.
     """
 
     name: str
@@ -114,3 +115,4 @@ class Optimization:
     conflicts: tuple[str, ...] = ()
     source: tuple[str, ...] = ()
     fails: Fails = field(default_factory=Fails)
+    recipe: Mapping[str, Any] = field(default_factory=dict)

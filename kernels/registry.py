@@ -6,16 +6,18 @@ import importlib
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from kernels.contract import Exactness, Fails, Needs, Optimization
 from loop.errors import UserError
+from loop.recipe import from_plain
 
 if TYPE_CHECKING:
     from loop.run import Run
 
+C = TypeVar("C")
 NEGATIVE = "negative_results"
 PACKAGES = ("kernels", NEGATIVE)
 ORDER = [Exactness.BITWISE, Exactness.ROUNDING, Exactness.APPROX]  # strongest claim first
@@ -55,6 +57,13 @@ def select(names: Iterable[str]) -> list[Optimization]:
             if other.name in one.conflicts:
                 raise UserError(f"{one.name} and {other.name} can't be on together; leave one out")
     return chosen
+
+
+def with_recipes(config: C, names: Iterable[str]) -> C:
+    """`config` with what the recipes of the named optimizations change. What they are compared with is stock of it."""
+    for optimization in select(names):
+        config = from_plain(config, dict(optimization.recipe))
+    return config
 
 
 def unmet(needs: Needs, device: torch.device) -> str | None:

@@ -21,6 +21,7 @@ class PackedBatch:
     cu_seqlens [N + 1] int32: document boundaries in the flattened [B * L] positions, padding included; the first is 0,
         the last B * L, and every multiple of L is among them.
     real_tokens: positions that are not padding. supervised_tokens: labels that are not IGNORE.
+    padding: which of the documents are padding, by their number.
     """
 
     input_ids: torch.Tensor
@@ -29,6 +30,7 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     real_tokens: int
     supervised_tokens: int
+    padding: tuple[int, ...] = ()
 
     @property
     def positions(self) -> int:
@@ -44,11 +46,18 @@ class PackedBatch:
         """Indices of the supervised positions in the flattened [B * L], int64 [supervised_tokens], ascending."""
         return (self.labels.flatten() != IGNORE).nonzero().flatten()
 
+    @cached_property
+    def supervised_by_document(self) -> tuple[int, ...]:
+        """Supervised tokens of every document, on the host, in order."""
+        bounds = torch.tensor((0, *self.lengths)).cumsum(0)
+        return tuple(torch.searchsorted(self.supervised_positions.cpu(), bounds).diff().tolist())
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on `device`. What depends on values is worked out before the move: no device synchronisation."""
         moved = replace(
             self, **{name: getattr(self, name).to(device) for name in ("input_ids", "labels", "position_ids", "cu_seqlens")}
         )
         moved.__dict__["lengths"] = self.lengths
+        moved.__dict__["supervised_by_document"] = self.supervised_by_document
         moved.__dict__["supervised_positions"] = self.supervised_positions.to(device)
         return moved

@@ -32,6 +32,8 @@ class DataConfig:
     path: Annotated[Path | None, tyro.conf.arg(aliases=["--data"])] = None  # JSONL; None: made from Python's documentation
     pack_length: int = 512  # tokens of a pack; a longer example is a bad one
     packs_per_micro_step: int = 1  # rows of a micro-batch
+    rows: Literal["packed", "padded"] = "packed"  # what stock runs: the packs, or their documents one a row, padded
+    fill: Literal["longest_first", "shuffled"] = "longest_first"  # fewest packs, of like lengths; or of mixed ones
     on_bad_example: Literal["stop", "skip"] = "stop"  # stop and name the line, or leave it out and count it
     supervise: Literal["assistant", "all"] = "assistant"  # the tokens with a loss: the assistant's, or every one
     max_examples: int | None = None  # read no more than this many; None: all

@@ -23,6 +23,7 @@ from loop.files import write_text
 from loop.interrupt import deferred_interrupt
 from loop.model import checkpoint_folder, cross_entropy_head, load_model, plain_micro_step, resolve_device, trainable
 from loop.optim import MasterAdamW
+from loop.rows import padded_micro_step, positions_of
 from loop.run import Run
 
 LOG_FILE = "log.jsonl"  # in the output folder: one StepLog a line
@@ -82,7 +83,8 @@ def build(config: Config, enable: Iterable[str] = ()) -> tuple[Run, Dataset]:
     if config.method == "lora" and config.lora.start_from is not None:
         lora.load_adapters(model, config.lora.start_from, optimizer.masters)
         optimizer.publish()
-    run = Run(config, device, dtype, model, cross_entropy_head, plain_micro_step, optimizer)
+    micro_step = padded_micro_step if config.data.rows == "padded" else plain_micro_step
+    run = Run(config, device, dtype, model, cross_entropy_head, micro_step, optimizer)
     switch_on(run, enable)
     return run, dataset
 
@@ -183,7 +185,7 @@ def train_step(run: Run, dataset: Dataset, step: int) -> StepLog:
         loss_sum=loss_sum,
         grad_norm=grad_norm,
         lr=lr,
-        positions=sum(batch.positions for batch in batches),
+        positions=sum(positions_of(run, batch) for batch in batches),
         real_tokens=sum(batch.real_tokens for batch in batches),
         supervised_tokens=supervised,
         seconds=time.perf_counter() - began,

@@ -39,10 +39,11 @@ LEGEND = """\
 def device_page(device: Device, shipping: Shipping, plotted: bool) -> str:
     """Markdown of `reports/<device_slug>/README.md`."""
     newest = device.current[-1]
+    stock = device.reference or newest  # an arm may have had a recipe of its own
     sections = [
         f"<!-- {MARK} -->\n# {prose(device.name)}",
         _headline(device, shipping),
-        f"{setting(newest)} · run {code(device.run_id)}, finished {prose(newest.finished_at)}",
+        f"{setting(stock)} · run {code(device.run_id)}, finished {prose(newest.finished_at)}",
         "**Measured from a working tree with uncommitted changes.**" if newest.environment.get("git_dirty") else "",
         "![Speed of every timed arm over the reference's](overview.png)" if plotted else "Nothing was timed on this device.",
         "## What to switch on",
@@ -54,8 +55,8 @@ def device_page(device: Device, shipping: Shipping, plotted: bool) -> str:
         _throughput(device),
         "## The run\n\n" + _counts(device),
         f"```sh\n{shell(newest.command)}\n```",
-        facts({key: value for key, value in newest.recipe.items() if value is not None}),
-        "## Data\n\n" + facts(newest.data) if newest.data else "",
+        facts({key: value for key, value in stock.recipe.items() if value is not None}),
+        "## Data\n\n" + facts(stock.data) if stock.data else "",
         "## Environment\n\n" + facts({key: value for key, value in newest.environment.items() if key != "paths"}),
         _earlier(device),
     ]

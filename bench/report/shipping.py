@@ -83,6 +83,9 @@ def _obstacle(record: Record, current: Sequence[Record]) -> str | None:
     level = record.verdict.level
     if not level.lossless:
         return f"{level.value}: {record.verdict.reason}"
+    if record.recipe != _recipe_of_stock(record, current):
+        ratio = f" and {text.ratio(record.perf)}" if record.perf else ""
+        return f"{level.value}{ratio}, but beside stock of another recipe; its page says which"
     if record.role == "combination":
         for other in current:
             bad = other.role == "optimization" and not other.verdict.level.lossless
@@ -96,6 +99,10 @@ def _obstacle(record: Record, current: Sequence[Record]) -> str | None:
         beside = f"; the reference against itself reaches {floor:.3f}" if floor > 1.0 else ""
         return f"lossless but {worse}: ratio {text.ratio(record.perf)}{beside}"
     return None
+
+
+def _recipe_of_stock(record: Record, current: Sequence[Record]) -> dict:
+    return next((other.recipe for other in current if other.role == "reference"), record.recipe)
 
 
 def timing_floor(current: Sequence[Record]) -> float:

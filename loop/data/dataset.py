@@ -75,7 +75,7 @@ class Dataset:
         ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORE, dtype=np.int64)
         positions = np.zeros(shape, dtype=np.int64)
-        boundaries = [0]
+        boundaries, padding = [0], []
         for row, pack in enumerate(pack_indices):
             offset = 0
             for document in (self.documents[index] for index in self.packs[pack]):
@@ -87,6 +87,7 @@ class Dataset:
                 offset = end
             if offset < self.pack_length:
                 positions[row, offset:] = np.arange(self.pack_length - offset)
+                padding.append(len(boundaries) - 1)
                 boundaries.append((row + 1) * self.pack_length)
         documents = [self.documents[index] for pack in pack_indices for index in self.packs[pack]]
         return PackedBatch(
@@ -96,6 +97,7 @@ class Dataset:
             cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
             real_tokens=sum(map(len, documents)),
             supervised_tokens=sum(document.supervised for document in documents),
+            padding=tuple(padding),
         )
 
     def epoch_order(self, epoch: int) -> list[int]:

@@ -13,7 +13,7 @@ from loop.config import DataConfig
 from loop.data import pychats, pydocs
 from loop.data.cache import digest, load_documents, save_documents
 from loop.data.dataset import Dataset, Document
-from loop.data.packing import pack_best_fit_decreasing
+from loop.data.packing import pack_best_fit_decreasing, pack_best_fit_shuffled
 from loop.data.reading import BadExample, Example, parse_examples, read_bytes
 from loop.data.template import chat_template_of
 from loop.data.tokenise import Tokenised, tokenise
@@ -40,9 +40,10 @@ def load_dataset(config: DataConfig, tokenizer: Any, seed: int) -> Dataset:
     if not len(kept):
         raise UserError(_nothing_left(config, bad))
     chosen = tuple(_document(documents, int(index)) for index in kept)
+    fill = pack_best_fit_shuffled if config.fill == "shuffled" else pack_best_fit_decreasing
     return Dataset(
         documents=chosen,
-        packs=pack_best_fit_decreasing([len(document) for document in chosen], config.pack_length),
+        packs=fill([len(document) for document in chosen], config.pack_length),
         pack_length=config.pack_length,
         pad_token_id=_pad_token_id(tokenizer),
         skipped=dict(sorted(Counter(example.reason for example in bad).items())),

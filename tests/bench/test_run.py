@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from abtest.arm import ArmFailed
 from abtest.evidence import Evidence
@@ -25,10 +26,12 @@ from abtest.progress import GateProgress
 from abtest.verdict import PARTS, Check, Level, Verdict
 from bench import records, report, run
 from bench.ceilings import Ceilings
-from bench.plan import ArmPlan
+from bench.plan import ArmPlan, plan_arms
+from bench.report.shipping import decide
 from kernels.contract import Exactness
 from loop.cli import guarded
 from loop.errors import UserError
+from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -281,3 +284,45 @@ def test_a_reference_that_cannot_run_is_one_line(bench):
     bench.experiment.prepare = ends
     with pytest.raises(UserError, match=r"without its reference nothing can be compared: .* out of paper"):
         bench.reference()
+
+
+def own_stock_of(bench, prepare) -> SimpleNamespace:
+    """An experiment of an arm's own, with other losses than the run's."""
+    stock = SimpleNamespace(**vars(bench.experiment), prepare=prepare)
+    stock.reference, stock.sigma = Evidence({"data": {"packs": 7}, "paths": {}}, {"loss": [5.0, 4.0]}), (0.2, 0.2)
+    return stock
+
+
+def test_an_arm_with_a_recipe_is_compared_with_stock_of_it_and_does_not_ship(bench, monkeypatch):
+    own = own_stock_of(bench, lambda timed: None)
+    bench.own_experiment = lambda plan: contextlib.nullcontext(own)
+    perf = records.Perf(9.0, 8.0, 4.0, 1.0, 1.0, 1.0, 1.0, 2, 2**30)
+    timed = dataclasses.replace(perf, ratio=3.0, ratio_low=2.9, ratio_high=3.1)
+    monkeypatch.setattr(run, "time_equals", lambda stock, arm, *rest: (perf, timed))
+    monkeypatch.setattr(run, "time_arms", lambda *rest: dataclasses.replace(timed, ratio=2.0, ratio_low=1.9, ratio_high=2.1))
+    packing, silu = plan_arms(("packing", "silu_mul"), bench.config, torch.device("cpu"))
+    silu = dataclasses.replace(silu, untimed=None)
+    assert packing.own_stock and not silu.own_stock and silu.config == bench.config
+    bench.facts["recipe"] = to_plain(bench.config)
+    bench.keep(dataclasses.replace(plan("stock"), role="reference"), Verdict(Level.BITWISE, ""))
+    bench.arm(packing)
+    bench.arm(silu)
+    stock, packed, plain = records.read(records_file(bench.command.reports))
+    assert packed.reference_losses == (5.0, 4.0) and packed.data == {"packs": 7} and packed.perf.ratio == 3.0
+    assert packed.recipe["data"] == stock.recipe["data"] | {"rows": "padded", "fill": "shuffled"}
+    (note,) = packed.notes
+    assert (
+        "data.rows = padded, data.fill = shuffled. That stock: 8 real tokens/s, 9 positions/s, peak memory 1.00 GiB" in note
+    )
+    assert plain.recipe == stock.recipe and plain.reference_losses == (2.0, 1.0) and not plain.notes
+    shipping = decide([stock, packed, plain])
+    assert shipping.enable == ("silu_mul",) and "stock of another recipe" in shipping.not_enabled["packing"]
+    assert bench.passed([packing, silu]) == ["silu_mul"]
+
+
+def test_an_arm_whose_own_stock_cannot_run_is_invalid(bench):
+    bench.own_experiment = lambda plan: contextlib.nullcontext(own_stock_of(bench, ends))
+    bench.arm(*plan_arms(("packing",), bench.config, torch.device("cpu")))
+    (record,) = records.read(records_file(bench.command.reports))
+    assert record.verdict.level is Level.INVALID and "stock of its own recipe: " in record.verdict.reason
+    assert record.reference_losses == () and record.recipe["data"]["rows"] == "padded"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loop.batch import IGNORE
 from loop.data.dataset import Dataset, Document
-from loop.data.packing import pack_best_fit_decreasing
+from loop.data.packing import pack_best_fit_decreasing, pack_best_fit_shuffled
 
 PAD = 7
 
@@ -46,6 +46,19 @@ def test_best_fit_takes_the_fullest_pack_with_room():
     assert pack_best_fit_decreasing([5, 7, 3, 4, 1], 10) == ((1, 2), (0, 3, 4))
     assert pack_best_fit_decreasing([6, 8, 2], 10) == ((1, 2), (0,))
     assert pack_best_fit_decreasing([], 10) == ()
+
+
+def test_shuffled_packs_hold_every_document_and_mix_lengths():
+    lengths = [1 + n % 50 for n in range(500)]
+    packs = pack_best_fit_shuffled(lengths, 200)
+    assert sorted(index for pack in packs for index in pack) == list(range(500))
+    assert all(sum(lengths[index] for index in pack) <= 200 for pack in packs)
+    assert packs == pack_best_fit_shuffled(lengths, 200)
+
+    def spread(packs):
+        return sum(max(lengths[i] for i in pack) - min(lengths[i] for i in pack) for pack in packs) / len(packs)
+
+    assert spread(packs) > 2 * spread(pack_best_fit_decreasing(lengths, 200))
 
 
 @pytest.mark.parametrize("lengths", [[11], [0], [-1]])

@@ -7,7 +7,8 @@ fp32, since Triton's interpreter truncates bf16.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from abtest.experiment import Experiment
 from abtest.settings import GateConfig
 from abtest.verdict import PARTS, Level
 from kernels.contract import Exactness
-from kernels.registry import discover, is_negative, unmet
+from kernels.registry import discover, is_negative, unmet, with_recipes
 from loop.config import Config, DataConfig, LoraConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,34 +43,42 @@ PASSES = {
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Experiment]:
-    """Stock, its repeat, its oracle and its noise floor. One thread an arm: tiny matrices gain nothing from more."""
+def experiment_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Config], Experiment]]:
+    """Stock of a recipe, its repeat, its oracle and its noise floor. One thread an arm: tiny matrices want no more."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if DEVICE.type == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    folder = tmp_path_factory.mktemp("arms")
-    with Experiment(CONFIG, SETTINGS, folder, environment, lambda arm, phase, done, total: None) as prepared:
-        prepared.prepare()
-        yield prepared
+    prepared: dict[Config, Experiment] = {}
+    with ExitStack() as stack:
+
+        def of(config: Config) -> Experiment:
+            if config not in prepared:
+                folder = tmp_path_factory.mktemp("arms")
+                one = Experiment(config, SETTINGS, folder, environment, lambda arm, phase, done, total: None)
+                stack.enter_context(one).prepare()
+                prepared[config] = one
+            return prepared[config]
+
+        yield of
 
 
 @pytest.mark.lossless
-def test_the_reference_repeats_itself(experiment):
-    verdict = experiment.repeat_verdict()
+def test_the_reference_repeats_itself(experiment_of):
+    verdict = experiment_of(CONFIG).repeat_verdict()
     assert verdict.level is Level.BITWISE, verdict.reason
 
 
 @pytest.mark.lossless
 @pytest.mark.parametrize("optimization", [pytest.param(item, id=name) for name, item in discover().items()])
-def test_arm_keeps_its_claim(optimization, request):
+def test_arm_keeps_its_claim(optimization, experiment_of):
     missing = unmet(optimization.needs, DEVICE)
     if missing:
         pytest.skip(missing)
     if is_negative(optimization.name) and DEVICE.type == "cpu":
         pytest.skip("a negative result: its op is gated here, its whole run where there is a GPU")
-    experiment = request.getfixturevalue("experiment")  # not made for what is skipped
-    spec = ArmSpec(optimization.name, CONFIG, (optimization.name,))
-    candidate = experiment.gate_arm(spec, optimization.exactness)
+    config = with_recipes(CONFIG, [optimization.name])
+    spec = ArmSpec(optimization.name, config, (optimization.name,))
+    candidate = experiment_of(config).gate_arm(spec, optimization.exactness)
     with candidate.arm:
         verdict = candidate.verdict
     if verdict.level is Level.NOT_RUN:
