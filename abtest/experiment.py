@@ -231,7 +231,14 @@ class Experiment:
         return self._evidence(self.reference_arm, build, run, candidate=False)
 
     def _evidence(self, arm: Arm, build: dict, run: dict, candidate: bool) -> Evidence:
-        """All but the tripwire."""
+        """All but the tripwire. What needs no oracle comes first, while that one is at work."""
+        slow = self.truths.at(self.states[1])
+        repeats = self.settings.repeats if candidate else 3
+        step = self._step(arm.spec.name, "structure")
+        findings = arm.call("structure", step, **slow, indexes=list(STRUCTURE_PROBES), repeats=repeats)["findings"]
+        work = arm.call("work", **slow, index=1)
+        update = arm.call("update", **slow)
+        findings += update.pop("findings")
         gradients = {state: self._gradients(arm, state) for state in self.states}
         if not candidate:
             for state, answer in gradients.items():
@@ -242,13 +249,6 @@ class Experiment:
                     "packing_error_name": where,
                     "recurrence_error": notes.get("recurrence_error"),
                 }
-        slow = self.truths.at(self.states[1])
-        repeats = self.settings.repeats if candidate else 3
-        step = self._step(arm.spec.name, "structure")
-        findings = arm.call("structure", step, **slow, indexes=list(STRUCTURE_PROBES), repeats=repeats)["findings"]
-        work = arm.call("work", **slow, index=1)
-        update = arm.call("update", **slow)
-        findings += update.pop("findings")
         return Evidence(build, run, gradients, findings, update, work, None, arm.call("autotuned"))
 
     def _gradients(self, arm: Arm, state: str) -> dict:

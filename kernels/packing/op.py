@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kernels.contract import Workload
+from loop.attention import use_repeatable_attention
 from loop.batch import IGNORE, PackedBatch
 from loop.delta_net import isolate_documents
 from loop.model import hidden_fast_paths
@@ -36,7 +37,8 @@ def inputs(workload: Workload, device: torch.device, seed: int) -> tuple[nn.Modu
 
 
 def layers(workload: Workload, device: torch.device, seed: int) -> nn.Module:
-    """Two layers and a norm of the shape's sizes, documents kept apart, in training mode, drawn on the CPU."""
+    """Two layers and a norm of the shape's sizes, documents kept apart, in training mode, drawn on the CPU. Attention is the
+    one that repeats itself, as in every gate: PyTorch's own choice for long rows has other bits at a second call."""
     with hidden_fast_paths():
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -47,6 +49,7 @@ def layers(workload: Workload, device: torch.device, seed: int) -> nn.Module:
             config = AutoConfig.for_model(kind, **sizes)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     isolate_documents(model)
+    use_repeatable_attention(model)
     model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.ndim >= 2)
