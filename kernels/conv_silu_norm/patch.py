@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kernels.contract import Needs
 from kernels.conv_silu_norm.reference import EPS
-from kernels.registry import unmet
+from kernels.norms import no_kernel_for, of_another_dtype
 from loop.delta_net import Pack, PackedDeltaNet, QkvMixer
 
 if TYPE_CHECKING:
     from loop.run import Run
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TAPS, WIDEST = 4, 1024  # the kernel's limits
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 
@@ -67,22 +65,18 @@ def beyond_the_kernel(layer: PackedDeltaNet) -> str | None:
 
 def eligible(run: Run) -> str | None:
     """None, or why this run can't have the kernel: no Triton, no delta layer, another convolution, or another dtype."""
-    reason = unmet(Needs(triton=True), run.device)
+    names = mixing_layers(run.model)
+    reason = no_kernel_for(names, "gated-delta layers with a convolution", run)
     if reason:
         return reason
-    names = mixing_layers(run.model)
-    if not names:
-        return f"{type(run.model).__name__} has no gated-delta layers with a convolution"
-    if run.dtype not in DTYPES:
-        return f"the run computes in {run.dtype}; the kernel takes {', '.join(map(str, DTYPES))}"
     for name in names:
         layer = run.model.get_submodule(name)
         reason = beyond_the_kernel(layer)
         if reason:
             return f"{name}.conv1d {reason}"
-        if layer.conv1d.weight.dtype != run.dtype:
-            dtype = layer.conv1d.weight.dtype
-            return f"{name}.conv1d.weight is {dtype}, but the run computes in {run.dtype}; the kernel takes one dtype"
+        reason = of_another_dtype({f"{name}.conv1d.weight": layer.conv1d.weight}, run)
+        if reason:
+            return reason
     return None
 
 

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kernels.contract import Needs
 from kernels.gated_rms_norm.reference import gated_rms_norm_reference
-from kernels.registry import unmet
+from kernels.norms import epsilon, is_one_weight, no_kernel_for, of_another_dtype
 
 if TYPE_CHECKING:
     from loop.run import Run
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 1 << 16  # the kernel's limit
-EPS_NAMES = ("variance_epsilon", "eps")
 
 
 class FusedGatedRMSNorm(nn.Module):
@@ -46,25 +43,13 @@ def is_gated_norm(module: nn.Module) -> bool:
     and so must the behaviour: the forward is run on known values, whose bits in fp32 and bf16 tell where it rounds, whether
     the gate comes behind the norm, and which activation it goes through.
     """
-    if isinstance(module, FusedGatedRMSNorm) or set(module._parameters) != {"weight"}:
-        return False
-    if module._buffers or module._modules or _has_hooks(module) or "forward" in module.__dict__:
+    if isinstance(module, FusedGatedRMSNorm) or not is_one_weight(module):
         return False
     weight, eps = module.weight, epsilon(module)
     if weight is None or weight.ndim != 1 or not 1 <= weight.numel() <= WIDEST or eps is None:
         return False
     names = list(inspect.signature(type(module).forward).parameters)
     return len(names) == 3 and names[2] == "gate" and _behaves(module, eps)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__[key] for key in module.__dict__ if key.endswith("_hooks") and "state_dict" not in key)
-
-
-def epsilon(module: nn.Module) -> float | None:
-    """What a norm adds to the mean of squares: models have two names for it."""
-    found = [value for name in EPS_NAMES if isinstance(value := getattr(module, name, None), float)]
-    return found[0] if found else None
 
 
 def _behaves(module: nn.Module, eps: float) -> bool:
@@ -90,19 +75,9 @@ def gated_norms(model: nn.Module) -> list[str]:
 
 def eligible(run: Run) -> str | None:
     """None, or why this run can't have the kernel: no Triton, no gated norm of this form, or a weight of another dtype."""
-    reason = unmet(Needs(triton=True), run.device)
-    if reason:
-        return reason
     names = gated_norms(run.model)
-    if not names:
-        return f"{type(run.model).__name__} has no gated RMSNorm of the form norm(x) * weight * silu(gate)"
-    if run.dtype not in DTYPES:
-        return f"the run computes in {run.dtype}; the kernel takes {', '.join(map(str, DTYPES))}"
-    for name in names:
-        dtype = run.model.get_submodule(name).weight.dtype
-        if dtype != run.dtype:
-            return f"{name}.weight is {dtype}, but the run computes in {run.dtype}; the kernel takes one dtype"
-    return None
+    reason = no_kernel_for(names, "gated RMSNorm of the form norm(x) * weight * silu(gate)", run)
+    return reason or of_another_dtype({f"{name}.weight": run.model.get_submodule(name).weight for name in names}, run)
 
 
 def apply(run: Run) -> None:

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kernels.contract import Needs
-from kernels.registry import unmet
+from kernels.norms import epsilon, is_one_weight, no_kernel_for, of_another_dtype
 from kernels.rms_norm.reference import rms_norm_reference
 
 if TYPE_CHECKING:
     from loop.run import Run
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 1 << 16  # the kernel's limit
-EPS_NAMES = ("eps", "variance_epsilon")
 DECODER_LAYER = "Qwen3_5DecoderLayer"
 
 
@@ -51,25 +48,15 @@ def form_of(module: nn.Module) -> bool | None:
     The structure must be right (one weight and an epsilon, nothing of its own, no hooks that a swap would lose), and so must
     the behaviour: the forward is run on known values, whose bits in fp32 and bf16 tell where it rounds and what it adds.
     """
-    if set(module._parameters) != {"weight"} or module._buffers or module._modules or has_hooks(module):
+    if not is_one_weight(module):
         return None
     weight, eps = module.weight, epsilon(module)
     if weight is None or weight.ndim != 1 or not 1 <= weight.numel() <= WIDEST or eps is None:
         return None
-    if len(inspect.signature(type(module).forward).parameters) != 2 or "forward" in module.__dict__:
+    if len(inspect.signature(type(module).forward).parameters) != 2:
         return None
     matching = [form for form in (True, False) if _behaves(module, eps, zero_centred=form)]
     return matching[0] if matching else None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__[key] for key in module.__dict__ if key.endswith("_hooks") and "state_dict" not in key)
-
-
-def epsilon(module: nn.Module) -> float | None:
-    """What a norm adds to the mean of squares: models have two names for it."""
-    found = [value for name in EPS_NAMES if isinstance(value := getattr(module, name, None), float)]
-    return found[0] if found else None
 
 
 def _behaves(module: nn.Module, eps: float, zero_centred: bool) -> bool:
@@ -110,19 +97,9 @@ def fusable_layers(model: nn.Module, swapped: dict[str, bool]) -> list[str]:
 
 def eligible(run: Run) -> str | None:
     """None, or why this run can't have the kernel: no Triton, no RMSNorm of these forms, or a weight of another dtype."""
-    reason = unmet(Needs(triton=True), run.device)
-    if reason:
-        return reason
     found = norms(run.model)
-    if not found:
-        return f"{type(run.model).__name__} has no RMSNorm that multiplies by weight or 1 + weight and does nothing else"
-    if run.dtype not in DTYPES:
-        return f"the run computes in {run.dtype}; the kernel takes {', '.join(map(str, DTYPES))}"
-    other = next((name for name in found if run.model.get_submodule(name).weight.dtype != run.dtype), None)
-    if other is not None:
-        dtype = run.model.get_submodule(other).weight.dtype
-        return f"{other}.weight is {dtype}, but the run computes in {run.dtype}; the kernel takes one dtype"
-    return None
+    reason = no_kernel_for(found, "RMSNorm that multiplies by weight or 1 + weight and does nothing else", run)
+    return reason or of_another_dtype({f"{name}.weight": run.model.get_submodule(name).weight for name in found}, run)
 
 
 def apply(run: Run) -> None:

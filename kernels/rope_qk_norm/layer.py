@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels.norms import epsilon
 from kernels.rope_qk_norm.reference import normed, rope_qk_norm_reference
-
-EPS_NAMES = ("eps", "variance_epsilon")
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,6 @@ class Form:
     zero_centred: bool
     gated: bool
     part: int
-
-
-def epsilon(norm: nn.Module) -> float | None:
-    """What a norm adds to the mean of squares: models have two names for it."""
-    found = [value for name in EPS_NAMES if isinstance(value := getattr(norm, name, None), float)]
-    return found[0] if found else None
 
 
 class FusedQkAttention(nn.Module):

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kernels.contract import Needs
-from kernels.registry import unmet
-from kernels.rms_norm.patch import has_hooks
-from kernels.rope_qk_norm.layer import Form, FusedQkAttention, computes_the_same, epsilon
+from kernels.norms import DTYPES, epsilon, is_one_weight, no_kernel_for
+from kernels.rope_qk_norm.layer import Form, FusedQkAttention, computes_the_same
 from kernels.rope_qk_norm.reference import normed
 
 if TYPE_CHECKING:
     from loop.run import Run
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 1 << 12  # the kernel's limit
 MODELS = "transformers.models"
 FORMS = {
@@ -54,9 +51,7 @@ def _is_norm(norm: nn.Module, D: int, form: Form) -> bool:
     A rounding apart: rms_norm's kernel may be in its place already, whose sums are in another order, and which runs only on
     the run's own device.
     """
-    if set(norm._parameters) != {"weight"} or norm._buffers or norm._modules or "forward" in norm.__dict__:
-        return False
-    if has_hooks(norm):
+    if not is_one_weight(norm):
         return False
     weight, eps = norm.weight, epsilon(norm)
     if weight is None or weight.shape != (D,) or eps is None or weight.dtype not in DTYPES:
@@ -70,14 +65,10 @@ def _is_norm(norm: nn.Module, D: int, form: Form) -> bool:
 
 def eligible(run: Run) -> str | None:
     """None, or why this run can't have the kernel: no Triton, no attention of these kinds, other norms, or another dtype."""
-    reason = unmet(Needs(triton=True), run.device)
+    found = attentions(run.model)
+    reason = no_kernel_for(found, f"attention of the kinds {', '.join(FORMS)}", run)
     if reason:
         return reason
-    found = attentions(run.model)
-    if not found:
-        return f"{type(run.model).__name__} has no attention of the kinds {', '.join(FORMS)}"
-    if run.dtype not in DTYPES:
-        return f"the run computes in {run.dtype}; the kernel takes {', '.join(map(str, DTYPES))}"
     for name, form in found.items():
         layer = run.model.get_submodule(name)
         reason = obstacle(layer, form)

@@ -6,6 +6,8 @@ weight's gradient is a sum over chunks, and in bf16 each of its additions rounds
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -48,25 +50,40 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor
     rows [N, D] and weight [V, D] of one dtype and device; labels int64 [N], IGNORE where a row does not count. Logits and
     their gradient are in that dtype, softmax and loss in fp32. Differentiable once in rows and weight.
     """
-    return _InChunks.apply(rows, weight, labels)
+    size = rows_a_chunk(len(rows), weight.shape[1], weight.shape[0])
+    return InChunks.apply(rows, weight, labels, size, weight.dtype, None)
 
 
-class _InChunks(torch.autograd.Function):
+class InChunks(torch.autograd.Function):
+    """`linear_cross_entropy` in chunks of `size` rows.
+
+    sums: the dtype in which the weight's gradient is added up over chunks, the weight's own or fp32. kept: None, or from a
+    chunk's gradient of the logits, fp32 [size, V], what of it goes into both products; it may write in place.
+    """
+
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        needs_rows, needs_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx,
+        rows: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        size: int,
+        sums: torch.dtype,
+        kept: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        needs_rows, needs_weight, *_ = ctx.needs_input_grad
         loss = torch.zeros((), device=rows.device)
         d_rows = torch.zeros_like(rows, dtype=torch.float32) if needs_rows else None
-        d_weight = torch.zeros_like(weight) if needs_weight else None
-        size = rows_a_chunk(len(rows), weight.shape[1], weight.shape[0])
+        d_weight = torch.zeros_like(weight, dtype=sums) if needs_weight else None
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
             losses, d = loss_and_d_logits(rows[chunk] @ weight.t(), labels[chunk])
-            loss, d = loss + losses.sum(), d.to(weight.dtype)
+            loss, d = loss + losses.sum(), (d if kept is None else kept(d)).to(weight.dtype)
             if needs_rows:
                 d_rows[chunk] = product(d, weight)
             if needs_weight:
-                d_weight += d.t() @ rows[chunk]  # the defect: in bf16 both the product and the sum round
+                # in the weight's dtype it is the defect: in bf16 both the product and the sum round
+                d_weight += d.t() @ rows[chunk] if sums == weight.dtype else product(d.t(), rows[chunk])
         ctx.dtype = weight.dtype
         ctx.save_for_backward(d_rows, d_weight)
         return loss
@@ -76,7 +93,7 @@ class _InChunks(torch.autograd.Function):
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         given = ctx.saved_tensors
         d_rows, d_weight = (None if gradient is None else (gradient * dloss).to(ctx.dtype) for gradient in given)
-        return d_rows, d_weight, None
+        return d_rows, d_weight, None, None, None, None
 
 
 def head(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.supervised_logits.kernel import supervised_rows
 from loop.batch import PackedBatch
-from negative_results.bf16_head_gradient.kernel import loss_and_d_logits, product
+from negative_results.bf16_head_gradient.kernel import InChunks
 
 THRESHOLD = 2.0**-12  # a 32nd of bf16's eps, in every dtype here
 TILE = 1  # every value by itself; Cut Cross-Entropy's kernel drops 128 x 128 values at a time, if all of them are small
@@ -38,34 +37,7 @@ def filtered_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor) -> Tens
     their gradient are in that dtype, softmax, loss and sums over chunks in fp32. Differentiable once in rows and weight.
     The method: gradient filtering of Cut Cross-Entropy, arXiv 2411.09009, section 4.3.
     """
-    return _Filtered.apply(rows, weight, labels)
-
-
-class _Filtered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        needs_rows, needs_weight, _ = ctx.needs_input_grad
-        loss = torch.zeros((), device=rows.device)
-        d_rows = torch.zeros_like(rows, dtype=torch.float32) if needs_rows else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        for start in range(0, len(rows), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            losses, d = loss_and_d_logits(rows[chunk] @ weight.t(), labels[chunk])
-            loss, d = loss + losses.sum(), filter_(d).to(weight.dtype)
-            if needs_rows:
-                d_rows[chunk] = product(d, weight)
-            if needs_weight:
-                d_weight += product(d.t(), rows[chunk])
-        ctx.dtype = weight.dtype
-        ctx.save_for_backward(d_rows, d_weight)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.saved_tensors
-        d_rows, d_weight = (None if gradient is None else (gradient * dloss).to(ctx.dtype) for gradient in given)
-        return d_rows, d_weight, None
+    return InChunks.apply(rows, weight, labels, CHUNK, torch.float32, filter_)
 
 
 def head(model: nn.Module, hidden: Tensor, batch: PackedBatch) -> Tensor:

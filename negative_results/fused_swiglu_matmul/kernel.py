@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.silu_mul.kernel import DTYPES, INTERPRETED, _sigmoid_and_silu
 from kernels.silu_mul.kernel import _backward as silu_mul_backward
+from kernels.sm121a_matmul.kernel import block_of
 
 # Two fp32 accumulators of 128 x 64 take what one of 128 x 128 takes; two of those spill registers on every kind of GPU.
 # Three stages of a tile of x and two of weights are 96 KiB of shared memory in bf16, which a block just has on sm_120.
@@ -30,11 +31,7 @@ def _forward_kernel(
     KEEP: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # programs of GROUP rows of tiles run after one another, so that what they share is still in L2
-    i_program, tiles_t, tiles_i = tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(I, BI)
-    i_group = i_program // (GROUP * tiles_i)
-    group_rows = tl.minimum(tiles_t - i_group * GROUP, GROUP)
-    i_t = i_group * GROUP + (i_program % (GROUP * tiles_i)) % group_rows
-    i_i = (i_program % (GROUP * tiles_i)) // group_rows
+    i_t, i_i = block_of(tl.program_id(0), T, I, BT, BI, GROUP)
     o_t = i_t.to(tl.int64) * BT + tl.arange(0, BT)  # int64: an activation may hold more than 2^31 elements
     o_i = i_i.to(tl.int64) * BI + tl.arange(0, BI)
     o_d = tl.arange(0, BD)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from kernels.sm121a_matmul.kernel import block_of
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 # Three stages of two fp8 tiles are 96 KiB of shared memory, all that a block has on sm_120 and sm_121.
@@ -28,11 +30,7 @@ def _matmul_kernel(
     BT: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # programs of GROUP rows of tiles run after one another, so that what they share is still in L2
-    i_program, tiles_t, tiles_o = tl.program_id(0), tl.cdiv(T, BT), tl.cdiv(O, BO)
-    i_group = i_program // (GROUP * tiles_o)
-    group_rows = tl.minimum(tiles_t - i_group * GROUP, GROUP)
-    i_t = i_group * GROUP + (i_program % (GROUP * tiles_o)) % group_rows
-    i_o = (i_program % (GROUP * tiles_o)) // group_rows
+    i_t, i_o = block_of(tl.program_id(0), T, O, BT, BO, GROUP)
     o_t = i_t.to(tl.int64) * BT + tl.arange(0, BT)  # int64: an activation may hold more than 2^31 elements
     o_o = i_o.to(tl.int64) * BO + tl.arange(0, BO)
     o_d = tl.arange(0, BD)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from products import DEVICE, SMALL, assert_is_product, normal
 from torch import Tensor, nn
 
 from kernels.registry import select
@@ -29,23 +30,8 @@ from loop.config import Config, DataConfig, LoraConfig
 from loop.errors import UserError
 from loop.model import load_model
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = Tile(16, 32, 16, warps=4, stages=2)  # many blocks of a small matrix
 VOCABULARY = 128
 ENTRY = Entry(device_key(DEVICE), "float32", "y", 64, 384, 128, SMALL, True, 1.2, 1.1, 1.3, 48, "torch 2.11, Triton 3.7.1")
-
-
-def normal(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def assert_is_product(got: Tensor, a: Tensor, b: Tensor) -> None:
-    """Within what rounding K products and their sum in fp32 can cost, of the fp64 product of the absolute values."""
-    truth, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-    assert got.shape == truth.shape and got.dtype == a.dtype and got.is_contiguous()
-    assert (
-        (got.double() - truth).abs() <= (a.shape[1] + 2) * 2.0**-24 * size + torch.finfo(a.dtype).eps * truth.abs()
-    ).all()
 
 
 @pytest.mark.parametrize("tile", [SMALL, *TILES], ids=str)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from products import DEVICE, SMALL, assert_is_product, normal
 from torch import Tensor
 
 from kernels.registry import select
@@ -18,7 +19,6 @@ from kernels.sm121a_matmul import table
 from kernels.sm121a_matmul.dispatch import DispatchedLinear, linear
 from kernels.sm121a_matmul.patch import plain_linears
 from kernels.sm121a_matmul.table import Entry, device_key
-from kernels.sm121a_matmul.tile import Tile
 from kernels.tma_matmul import OPTIMIZATION, kernel, patch
 from kernels.tma_matmul.kernel import PROGRAMS_INTERPRETED, matmul
 from kernels.tma_matmul.patch import ENGINE, apply, eligible
@@ -28,26 +28,11 @@ from loop.config import Config, DataConfig, LoraConfig
 from loop.errors import UserError
 from loop.model import load_model
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = Tile(16, 32, 16, warps=4, stages=2)  # many blocks of a small matrix
 VOCABULARY = 128
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="this GPU has no TMA"
 )
-
-
-def normal(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def assert_is_product(got: Tensor, a: Tensor, b: Tensor) -> None:
-    """Within what rounding K products and their sum in fp32 can cost, of the fp64 product of the absolute values."""
-    truth, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-    assert got.shape == truth.shape and got.dtype == a.dtype and got.is_contiguous()
-    assert (
-        (got.double() - truth).abs() <= (a.shape[1] + 2) * 2.0**-24 * size + torch.finfo(a.dtype).eps * truth.abs()
-    ).all()
 
 
 @pytest.mark.parametrize("tile", [SMALL, *TILES], ids=str)
