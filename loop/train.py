@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     device, dtype = resolve_device(config)
     names, about = command.enable, [f"{config.model}, {config.method}, {_word(dtype)} on {device_name(device)}"]
     if names is None:
-        shipping = read_shipping(config, device_slug(device), command.reports or REPORTS)
+        shipping = read_shipping(config, device_slug(device), _word(dtype), command.reports or REPORTS)
         names = shipping.enable
         about.insert(0, f"shipping {shipping.why}")
 

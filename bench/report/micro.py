@@ -30,6 +30,21 @@ def micro_section(micro: Mapping[str, Any]) -> str:
     return "\n\n".join(["## Microbenchmark", table(HEADER, rows, numeric=range(4, 11)) if rows else "", " ".join(notes)])
 
 
+def micro_cell(micro: Mapping[str, Any] | None, dtype: str | None) -> str:
+    """One cell: the range of the op's speed-ups over its timed workloads, and the best share of the hardware limit. Only
+    those in the dtype that was trained count, where there are any."""
+    if not micro or not isinstance(micro.get("workloads"), Mapping):
+        return NOTHING
+    timed = [row for row in micro["workloads"].values() if "ratio" in row]
+    timed = [row for row in timed if row.get("dtype") == dtype] or timed
+    if not timed:
+        return f"op {prose(str(micro.get('level')))}, not timed" if micro["workloads"] else NOTHING
+    low, high = (pick(row["ratio"] for row in timed) for pick in (min, max))
+    speed = f"{low:.2f}x" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}x"
+    limits = [row["of_ceiling"] for row in timed if row.get("of_ceiling") is not None]
+    return speed + (f", {100 * max(limits):.0f} %" if limits else "")
+
+
 def _row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     timed = "ratio" in row
     ratio = f"{row['ratio']:.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if timed else NOTHING

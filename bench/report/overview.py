@@ -1,19 +1,23 @@
-"""A device's README, and the index over devices: what to ship, readable in a minute."""
+"""The page of one setting on one device: what to ship, readable in a minute, and what that rests on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
 
 from abtest.verdict import Check, Level
 from bench.records import Perf, Record
-from bench.report.devices import Device
+from bench.report.devices import Device, Setting
+from bench.report.micro import micro_cell
 from bench.report.pages import why_untimed
-from bench.report.shipping import BASELINES, Shipping
+from bench.report.settings import BASELINES
+from bench.report.shipping import Shipping
 from bench.report.text import (
     MARK,
     NOTHING,
     code,
+    dtype,
     facts,
+    launches_saved,
     link,
     memory,
     names,
@@ -22,10 +26,11 @@ from bench.report.text import (
     percent,
     prose,
     ratio,
-    setting,
+    setting_words,
     shell,
     table,
 )
+from loop.config import DataConfig
 
 ORDER = list(Level)
 LEGEND = """\
@@ -34,62 +39,51 @@ LEGEND = """\
 - **APPROX**, **FAILED**, **INVALID**, **NOT_RUN**: not lossless, or not shown to be. Such an arm is never timed.
 - The speed ratio is the reference's time over the arm's, timed in turn; in brackets its 95 % interval.
 - An optimization ships if it is lossless and the whole interval is above 1 and above the reference's ratio to itself."""
+COLUMNS = """\
+- Decided by: the gate's check that came closest to its limit, or failed by most; each arm's page has them all.
+- Micro: the op on its own, forward and backward, over PyTorch's, and the largest part of the hardware limit that it reaches.
+- Launches saved: device kernels a micro-step, of as many as the reference launches."""
 
 
-def device_page(device: Device, shipping: Shipping, plotted: bool) -> str:
-    """Markdown of `reports/<device_slug>/README.md`."""
-    newest = device.current[-1]
-    stock = device.reference or newest  # an arm may have had a recipe of its own
+def setting_page(device: Device, setting: Setting, shipping: Shipping, plotted: bool) -> str:
+    """Markdown of a setting's README.md, which is the device's where it has no other setting."""
+    stock = setting.reference or setting.newest  # an arm may have had a recipe of its own
+    several = len(device.settings) > 1
+    dirty = any(record.environment.get("git_dirty") for record in setting.run)
     sections = [
-        f"<!-- {MARK} -->\n# {prose(device.name)}",
-        _headline(device, shipping),
-        f"{setting(stock)} · run {code(device.run_id)}, finished {prose(newest.finished_at)}",
-        "**Measured from a working tree with uncommitted changes.**" if newest.environment.get("git_dirty") else "",
-        "![Speed of every timed arm over the reference's](overview.png)" if plotted else "Nothing was timed on this device.",
+        f"<!-- {MARK} -->\n# {prose(device.name)}" + (f": {setting_words(stock)}" if several else ""),
+        headline(setting, shipping, "../shipping.toml" if several else "shipping.toml"),
+        f"{setting_words(stock)} · run {code(setting.run_id)}, finished {prose(setting.newest.finished_at)}",
+        "**Measured from a working tree with uncommitted changes.**" if dirty else "",
+        "![Speed of every timed arm over the reference's](overview.png)" if plotted else "Nothing was timed in this run.",
         "## What to switch on",
-        _decisions(device, shipping),
-        LEGEND,
+        _decisions(setting, shipping),
+        f"{COLUMNS}\n{LEGEND}",
         "## Reference and peers",
-        _others(device),
+        _others(setting),
         "## Throughput and memory",
-        _throughput(device),
-        "## The run\n\n" + _counts(device),
-        f"```sh\n{shell(newest.command)}\n```",
+        _throughput(setting),
+        "## The run\n\n" + _counts(setting),
+        "```sh\n" + "\n".join(shell(command) for command in setting.commands) + "\n```",
         facts({key: value for key, value in stock.recipe.items() if value is not None}),
         "## Data\n\n" + facts(stock.data) if stock.data else "",
-        "## Environment\n\n" + facts({key: value for key, value in newest.environment.items() if key != "paths"}),
-        _earlier(device),
+        "## Environment\n\n" + facts({key: value for key, value in setting.newest.environment.items() if key != "paths"}),
+        _earlier(setting),
+        "[What else was trained on this device](../README.md)" if several else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def index_page(devices: Sequence[tuple[Device, Shipping]], gated: bool, compiled: bool = False) -> str:
-    """Markdown of `reports/README.md`. gated, compiled: whether there is a page on the gate, on what kernels compile to."""
-    header = ("device", "switch on", "speed", "real tok/s", "peak memory", "verdict", "measured with", "finished")
-    rows = []
-    for device, shipping in devices:
-        basis, newest = shipping.basis, device.current[-1]
-        before = device.reference.perf if device.reference else None
-        after = basis.perf if basis else None
-        rows.append((
-            f"[{prose(device.name)}]({device.slug}/README.md)",
-            f"**{names(shipping.enable)}**" if basis else "nothing: see the report",
-            f"**{ratio(after)}**" if after else NOTHING,
-            _speeds(before, after),
-            _change(before and memory(before.peak_memory_bytes), after and memory(after.peak_memory_bytes)),
-            basis.verdict.level.value if basis else NOTHING,
-            setting(newest),
-            prose(newest.finished_at),
-        ))  # fmt: skip
-    body = table(header, rows, numeric=(2, 3, 4)) if rows else "No records yet: `make bench` makes them."
-    how = (
-        "`python -m loop.train --data my.jsonl` switches on what `shipping.toml` allows for the device that it runs on. "
-        "Arrows go from the reference to what ships; verdicts belong to a device and do not carry over to another."
-    )
-    gate = "\n[The gate itself](gate/README.md): what it catches, what it lets through, and every arm gated in full.\n"
-    code_of = "\n[What the kernels compile to](cross_compile/README.md), for GPUs that need not be here: no word on speed.\n"
-    others = (gate if gated else "") + (code_of if compiled else "")
-    return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{how}\n\n{LEGEND}\n{others}"
+def train_command(setting: Setting) -> str:
+    """The command that trains in this setting."""
+    trained, recipe = setting.trained, (setting.reference or setting.newest).recipe
+    words = ["--model", trained.model] if trained.model else []
+    words += ["--method", "full"] if trained.method == "full" else []
+    usual = {"cpu": "float32", "cuda": "bfloat16"}.get(str(recipe.get("device")))  # what --dtype auto is there
+    words += ["--dtype", trained.dtype] if trained.dtype not in ("", usual) else []
+    length = trained.pack_length
+    words += ["--data.pack-length", str(length)] if length not in (None, DataConfig().pack_length) else []
+    return shlex.join(["python", "-m", "loop.train", *words, "--data", "my.jsonl"])
 
 
 def _speeds(before: Perf | None, after: Perf | None) -> str:
@@ -104,28 +98,35 @@ def _change(before: str | None, after: str | None) -> str:
     return " → ".join(value for value in (before, after) if value) or NOTHING
 
 
-def _headline(device: Device, shipping: Shipping) -> str:
+def headline(setting: Setting, shipping: Shipping, toml: str) -> str:
+    """What to switch on and what it buys, as a quotation; `toml`: where `shipping.toml` is from here."""
     basis = shipping.basis
     if basis is None:
-        return "> **Nothing ships here yet.** The table says why; train with the reference, which is the default."
-    before, after = device.reference.perf if device.reference else None, basis.perf
-    change = _speeds(before, after)
-    used = _change(before and memory(before.peak_memory_bytes), memory(after.peak_memory_bytes))
+        return "> **Nothing ships here yet.** The decision table says why; train with the reference, which is the default."
+    change, used = change_of(setting, basis)
     return (
-        f"> **Switch on {names(shipping.enable)}: {ratio(after)} the reference's speed, lossless"
+        f"> **Switch on {names(shipping.enable)}: {ratio(basis.perf)} the reference's speed, lossless"
         f" ({basis.verdict.level.value}).** {change} real tok/s, peak memory {used}.\n>\n"
-        "> `python -m loop.train --data my.jsonl` does so on this device, from [shipping.toml](shipping.toml)."
+        f"> {code(train_command(setting))} does so on this device, from [shipping.toml]({toml})."
     )
 
 
-def _decisions(device: Device, shipping: Shipping) -> str:
+def change_of(setting: Setting, basis: Record | None) -> tuple[str, str]:
+    """Real tokens a second and peak memory, from the reference to what ships; of the reference alone if nothing does."""
+    before, after = setting.reference.perf if setting.reference else None, basis.perf if basis else None
+    used = _change(before and memory(before.peak_memory_bytes), after and memory(after.peak_memory_bytes))
+    return _speeds(before, after), used
+
+
+def _decisions(setting: Setting, shipping: Shipping) -> str:
     header = (
-        "optimization", "exactness claimed", "verdict", "decided by", "speed ratio", "real tok/s", "peak memory", "ships?",
+        "optimization", "claim", "verdict", "decided by", "micro", "speed ratio", "real tok/s", "peak memory",
+        "launches saved", "ships?",
     )  # fmt: skip
-    chosen = [record for record in device.current if record.role in ("optimization", "negative", "combination")]
+    chosen = [record for record in setting.current if record.role in ("optimization", "negative", "combination")]
     chosen.sort(key=lambda record: _rank(record, shipping))
-    rows = [_decision(record, shipping) for record in chosen]
-    return table(header, rows, numeric=(4, 5, 6)) if rows else "This run had no optimization."
+    rows = [_decision(record, setting, shipping) for record in chosen]
+    return table(header, rows, numeric=range(4, 9)) if rows else "This run had no optimization."
 
 
 def _rank(record: Record, shipping: Shipping) -> tuple:
@@ -141,7 +142,7 @@ def ships(record: Record, shipping: Shipping) -> bool:
     return record is shipping.basis or (part and set(record.optimizations) <= set(shipping.enable))
 
 
-def _decision(record: Record, shipping: Shipping) -> tuple[str, ...]:
+def _decision(record: Record, setting: Setting, shipping: Shipping) -> tuple[str, ...]:
     perf, bold = record.perf, "**" if ships(record, shipping) else ""
     members = f" ({names(record.optimizations)})" if record.role == "combination" else ""
     untimed = "not timed" if record.verdict.level.lossless else NOTHING
@@ -150,11 +151,19 @@ def _decision(record: Record, shipping: Shipping) -> tuple[str, ...]:
         prose(record.exactness.upper()),
         f"{bold}{record.verdict.level.value}{bold}",
         decided_by(record),
+        micro_cell(record.micro, dtype(record)),
         f"{bold}{ratio(perf)}{bold}" if perf else untimed,
         per_second(perf.real_tokens_per_s) if perf else NOTHING,
         memory(perf.peak_memory_bytes) if perf else NOTHING,
+        _saved(record, setting),
         ("**yes**: " if bold else "no: ") + prose(shipping.reasons[record.arm]),
     )
+
+
+def _saved(record: Record, setting: Setting) -> str:
+    stock = setting.stock_of(record)
+    saved = launches_saved(record, stock)
+    return NOTHING if saved is None else f"{saved:,} of {stock.perf.launches:,}".replace("-", "−")
 
 
 def decided_by(record: Record) -> str:
@@ -178,7 +187,7 @@ def _strain(check: Check) -> float:
     return abs(check.value) / abs(check.limit) if check.limit else float(check.value != 0)
 
 
-def _others(device: Device) -> str:
+def _others(setting: Setting) -> str:
     header = ("arm", "role", "verdict", "speed ratio", "real tok/s", "peak memory", "what it is")
     rows = [
         (
@@ -188,15 +197,20 @@ def _others(device: Device) -> str:
             ratio(record.perf) if record.perf and record.role != "reference" else NOTHING,
             per_second(record.perf.real_tokens_per_s) if record.perf else NOTHING,
             memory(record.perf.peak_memory_bytes) if record.perf else NOTHING,
-            prose(record.summary if record.verdict.level.lossless else f"{record.summary}: {record.verdict.reason}"),
+            _words(record, setting),
         )
-        for record in device.current
-        if record.role in ("reference", "repeat", "peer")
+        for record in (*setting.baselines, *(record for record in setting.current if record.role == "peer"))
     ]
     return table(header, rows, numeric=(3, 4, 5)) if rows else "This run recorded no reference and no peer."
 
 
-def _throughput(device: Device) -> str:
+def _words(record: Record, setting: Setting) -> str:
+    words = record.summary if record.verdict.level.lossless else f"{record.summary}: {record.verdict.reason}"
+    which = f"command {setting.commands.index(record.command) + 1}: " if len(setting.commands) > 1 else ""
+    return which + prose(words)
+
+
+def _throughput(setting: Setting) -> str:
     header = (
         "arm", "**real tokens/s**", "positions/s", "supervised tokens/s", "micro-step", "peak memory", "MFU", "launches",
     )  # fmt: skip
@@ -211,12 +225,12 @@ def _throughput(device: Device) -> str:
             percent(perf.mfu),
             NOTHING if perf.launches is None else f"{perf.launches:,}",
         )
-        for record in device.current
+        for record in setting.current
         if (perf := record.perf) is not None
     ]
     untimed = [
         f"- {link(record.arm)}: {why_untimed(record)}"
-        for record in device.current
+        for record in setting.current
         if record.perf is None and record.verdict.level.lossless
     ]
     parts = [table(header, rows, numeric=range(1, 8)) if rows else "", "\n".join(untimed)]
@@ -224,16 +238,17 @@ def _throughput(device: Device) -> str:
     return "\n\n".join(part for part in (*parts, note if rows else "") if part)
 
 
-def _counts(device: Device) -> str:
-    gated = [record for record in device.current if record.role not in BASELINES]
+def _counts(setting: Setting) -> str:
+    gated = [record for record in setting.current if record.role not in BASELINES]
     levels = [f"{count} {level.value}" for level in ORDER if (count := sum(r.verdict.level is level for r in gated))]
     timed = sum(record.perf is not None for record in gated)
-    return f"{len(gated)} arms beside the reference: {', '.join(levels) or 'none'}; {timed} timed."
+    how = f" {len(setting.commands)} commands, numbered from the top:" if len(setting.commands) > 1 else ""
+    return f"{len(gated)} arms beside the reference: {', '.join(levels) or 'none'}; {timed} timed.{how}"
 
 
-def _earlier(device: Device) -> str:
+def _earlier(setting: Setting) -> str:
     parts = []
-    if device.earlier:
+    if setting.earlier:
         header = ("arm", "run", "finished", "verdict", "speed ratio in that run", "real tok/s")
         rows = [
             (
@@ -244,11 +259,11 @@ def _earlier(device: Device) -> str:
                 ratio(record.perf) if record.perf else NOTHING,
                 per_second(record.perf.real_tokens_per_s) if record.perf else NOTHING,
             )
-            for record in device.earlier
+            for record in setting.earlier
         ]
         words = "Not in the newest run, so not comparable with the tables above and not shipped:"
         parts.append(f"{words}\n\n{table(header, rows, numeric=(4, 5))}")
-    if device.older:
-        counts = ", ".join(f"{code(arm)} {count}" for arm, count in device.older.items())
+    if setting.older:
+        counts = ", ".join(f"{code(arm)} {count}" for arm, count in setting.older.items())
         parts.append(f"Older records, superseded and not shown: {counts}.")
     return "\n\n".join(["## Earlier runs", *parts]) if parts else ""

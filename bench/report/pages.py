@@ -9,6 +9,7 @@ from bench.report.text import (
     MARK,
     NOTHING,
     code,
+    launches_saved,
     memory,
     names,
     number,
@@ -18,7 +19,7 @@ from bench.report.text import (
     prose,
     ratio,
     scalar,
-    setting,
+    setting_words,
     shell,
     table,
 )
@@ -26,8 +27,11 @@ from bench.report.text import (
 SIGMA = "σ is the standard deviation of the loss at that step over perturbed references: the noise floor."
 
 
-def arm_page(record: Record, device: str, newest_run: str, older: int, ships: str | None, plotted: bool) -> str:
-    """Markdown of one arm. `ships`: why it ships or does not, None for the reference; `older`: superseded records."""
+def arm_page(
+    record: Record, stock: Record | None, device: str, newest_run: str, older: int, ships: str | None, plotted: bool
+) -> str:
+    """Markdown of one arm. `stock`: the reference beside it, None where it is unknown. `ships`: why it ships or does not,
+    None for the reference; `older`: superseded records."""
     sections = [
         f"<!-- {MARK} -->\n# {code(record.arm)} on {prose(device)}",
         _verdict(record, ships),
@@ -37,11 +41,11 @@ def arm_page(record: Record, device: str, newest_run: str, older: int, ships: st
         f"![Loss of {page_name(record.arm)} and of the reference by step]({page_name(record.arm)}.png)" if plotted else "",
         SIGMA if plotted and any(record.noise_sigma) else "",
         "## Checks\n\n" + checks(record),
-        "## Speed\n\n" + speed(record),
+        "## Speed\n\n" + speed(record, stock),
         micro_section(record.micro) if record.micro else "",
         "## Notes\n\n" + "\n".join(f"- {prose(note)}" for note in record.notes) if record.notes else "",
         "## Where it comes from\n\n" + _provenance(record),
-        "[All arms of this device](README.md)",
+        "[All arms of this run](README.md)",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -70,7 +74,7 @@ def facts_of(record: Record) -> str:
         ("switched on", names(record.optimizations) or NOTHING),
         ("exactness claimed", prose(record.exactness.upper()) or NOTHING),
         ("why exact", prose(record.why_exact) or NOTHING),
-        ("trained", setting(record) or NOTHING),
+        ("trained", setting_words(record) or NOTHING),
         ("implementations that ran", scalar("paths", record.environment.get("paths"))),
     ]
     return table(("", ""), rows)
@@ -91,7 +95,7 @@ def passed(check: Check) -> str:
     return "pass" if check.passed else "**FAIL**"
 
 
-def speed(record: Record) -> str:
+def speed(record: Record, stock: Record | None = None) -> str:
     perf = record.perf
     if perf is None:
         return why_untimed(record)
@@ -104,9 +108,17 @@ def speed(record: Record) -> str:
         ("micro-step", f"{number(perf.micro_step_ms, 4)} ms"),
         ("peak memory", memory(perf.peak_memory_bytes)),
         ("MFU, of the measured matrix rate", percent(perf.mfu)),
-        ("kernel launches a micro-step", NOTHING if perf.launches is None else f"{perf.launches:,}"),
+        ("kernel launches a micro-step", _launches(record, stock)),
     ]
     return table(("", ""), rows)
+
+
+def _launches(record: Record, stock: Record | None) -> str:
+    saved = launches_saved(record, stock)
+    if saved is None or stock is None:
+        return NOTHING if record.perf.launches is None else f"{record.perf.launches:,}"
+    words = f"{saved:,} fewer than" if saved > 0 else f"{-saved:,} more than" if saved else "as many as"
+    return f"{record.perf.launches:,}, {words} the reference's {stock.perf.launches:,}"
 
 
 def why_untimed(record: Record) -> str:

@@ -2,30 +2,33 @@
 
 The file is TOML. Top-level keys:
 
-    schema       1
+    schema       2
     device_slug  the device's folder name under reports/
     device       its name in words
-    model, method, dtype   what was trained when it was measured ("" where the record does not say)
-    run_id       the run whose records decided
-    enable       the optimizations to switch on, all of them together; may be empty
-    [not_enabled]          every other optimization of that run = why not, in words
+    [[setting]]  one table for each thing that was trained on the device:
+        model, method, dtype   as in the recipe ("" where the record does not say)
+        pack_length            tokens of a pack (left out where the record does not say)
+        run_id                 the run whose records decided
+        enable                 the optimizations to switch on, all of them together; may be empty
+        [setting.not_enabled]  every other optimization of that run = why not, in words
 
 `enable` is what was gated and timed *together*: the fastest lossless combination whose gain is real, or the fastest single
 optimization. A gain is real when the whole 95 % interval of the speed ratio lies above 1, and above what the reference
-timed against itself reaches in the same run. What lies in `negative_results/` never ships, whatever it measures.
+timed against itself reaches anywhere in the same run. What lies in `negative_results/` never ships, whatever it measures.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.records import Record
 from bench.report import text
+from bench.report.devices import Device, newest_by_arm
+from bench.report.settings import BASELINES, Trained, beside, reference_of
 
-SCHEMA = 1
-BASELINES = ("reference", "repeat")
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,28 @@ class Shipping:
     not_enabled: dict[str, str]
 
 
-def decide(current: Sequence[Record]) -> Shipping:
-    """The decision for one run. `current` holds one record an arm, all of the same run and device."""
-    basis = _basis(current)
+@dataclass(frozen=True)
+class _Run:
+    """One run, oldest record first. bad_reference: why none of its arms can be trusted, or None."""
+
+    records: tuple[Record, ...]
+    current: tuple[Record, ...]  # the newest of each arm
+    floor: float
+    bad_reference: str | None
+
+    def stock_recipe(self, record: Record) -> dict:
+        """The recipe of the stock beside `record`, which another command of the run may not share."""
+        stock = reference_of(record, self.records)
+        return stock.recipe if stock else record.recipe
+
+
+def decide(run: Sequence[Record]) -> Shipping:
+    """The decision for one run: its records on one device in one setting, oldest first. The newest of each arm counts."""
+    current = tuple(newest_by_arm(run).values())
+    whole = _Run(tuple(run), current, timing_floor(run), _bad_reference(run, current))
+    basis = _basis(whole)
     enable = () if basis is None else basis.optimizations
-    reasons = {record.arm: _reason(record, basis, current) for record in current if record.role not in BASELINES}
+    reasons = {record.arm: _reason(record, basis, whole) for record in current if record.role not in BASELINES}
     not_enabled = {}
     for record in current:
         if record.role in ("optimization", "negative"):
@@ -62,63 +82,60 @@ def _switched(record: Record) -> tuple[str, ...]:
     return record.optimizations or (record.arm,)  # an arm that could not run may have switched nothing on
 
 
-def _basis(current: Sequence[Record]) -> Record | None:
+def _basis(run: _Run) -> Record | None:
     """The fastest of what may ship; a single optimization wins a tie."""
-    if _bad_reference(current):
+    if run.bad_reference:
         return None
-    singles = [record for record in current if record.role == "optimization" and _obstacle(record, current) is None]
-    combinations = [record for record in current if record.role == "combination" and _obstacle(record, current) is None]
+    singles = [record for record in run.current if record.role == "optimization" and _obstacle(record, run) is None]
+    combinations = [record for record in run.current if record.role == "combination" and _obstacle(record, run) is None]
     return max((*singles, *combinations), key=lambda record: record.perf.ratio, default=None)
 
 
-def _bad_reference(current: Sequence[Record]) -> str | None:
+def _bad_reference(run: Sequence[Record], current: Sequence[Record]) -> str | None:
+    """What is wrong with stock beside any arm that counts."""
     for record in current:
-        if record.role in BASELINES and not record.verdict.level.lossless:
-            return f"the reference itself is {record.verdict.level.value}: {record.verdict.reason}"
+        for stock in beside(record, run) if record.role not in BASELINES else ():
+            if not stock.verdict.level.lossless:
+                return f"the reference itself is {stock.verdict.level.value}: {stock.verdict.reason}"
     return None
 
 
-def _obstacle(record: Record, current: Sequence[Record]) -> str | None:
+def _obstacle(record: Record, run: _Run) -> str | None:
     """Why an arm may not ship whatever the others do, or None."""
     level = record.verdict.level
     if not level.lossless:
         return f"{level.value}: {record.verdict.reason}"
-    if record.recipe != _recipe_of_stock(record, current):
+    if record.recipe != run.stock_recipe(record):
         ratio = f" and {text.ratio(record.perf)}" if record.perf else ""
         return f"{level.value}{ratio}, but beside stock of another recipe; its page says which"
     if record.role == "combination":
-        for other in current:
+        for other in run.current:
             bad = other.role == "optimization" and not other.verdict.level.lossless
             if bad and set(_switched(other)) & set(record.optimizations):
                 return f"{level.value}, but {other.arm} alone is {other.verdict.level.value}"
     if record.perf is None:
         return f"not timed here: {record.untimed or 'the record gives no reason'}"
-    floor = timing_floor(current)
-    if not record.perf.ratio_low > floor:  # a ratio that is not a number ends here too
+    if not record.perf.ratio_low > run.floor:  # a ratio that is not a number ends here too
         worse = "slower" if record.perf.ratio_high < 1.0 else "no measurable gain"
-        beside = f"; the reference against itself reaches {floor:.3f}" if floor > 1.0 else ""
+        beside = f"; the reference against itself reaches {run.floor:.3f}" if run.floor > 1.0 else ""
         return f"lossless but {worse}: ratio {text.ratio(record.perf)}{beside}"
     return None
 
 
-def _recipe_of_stock(record: Record, current: Sequence[Record]) -> dict:
-    return next((other.recipe for other in current if other.role == "reference"), record.recipe)
-
-
-def timing_floor(current: Sequence[Record]) -> float:
-    """What a ratio's lower end must exceed: 1, or how far from 1 equal arms came out in this run, whichever is more."""
+def timing_floor(run: Sequence[Record]) -> float:
+    """What a ratio's lower end must exceed: 1, or how far from 1 equal arms came out at worst in any of its commands."""
     floor = 1.0
-    for record in current:
+    for record in run:
         if record.role == "repeat" and record.perf is not None:
             floor = max(floor, record.perf.ratio, 1.0 / record.perf.ratio)
     return floor
 
 
-def _reason(record: Record, basis: Record | None, current: Sequence[Record]) -> str:
+def _reason(record: Record, basis: Record | None, run: _Run) -> str:
     level = record.verdict.level
     if record.role == "peer":
         return "a peer, for comparison only"
-    obstacle = _bad_reference(current) or _obstacle(record, current)
+    obstacle = run.bad_reference or _obstacle(record, run)
     if record.role == "negative":
         words = f"{level.value} and {text.ratio(record.perf)}" if record.perf else level.value
         return obstacle or f"{words}, but a negative result; move its folder to kernels/ and measure again to ship it"
@@ -131,21 +148,29 @@ def _reason(record: Record, basis: Record | None, current: Sequence[Record]) -> 
     return f"{level.value} and {text.ratio(record.perf)}, but {basis.arm} is faster and they were not measured together"
 
 
-def to_toml(slug: str, device: str, run_id: str, reference: Record, shipping: Shipping) -> str:
-    """The text of `shipping.toml`; `reference` is any record of the run, for the model and the method."""
-    header: Mapping[str, object] = {
-        "device_slug": slug,
-        "device": device,
-        "model": reference.recipe.get("model") or "",
-        "method": reference.recipe.get("method") or "",
-        "dtype": text.dtype(reference) or "",
-        "run_id": run_id,
-    }
-    lines = [f"# {text.MARK}", f"schema = {SCHEMA}"]
-    lines += [f"{key} = {quoted(str(value))}" for key, value in header.items()]
-    lines += [f"enable = [{', '.join(quoted(name) for name in shipping.enable)}]", "", "[not_enabled]"]
-    lines += [f"{quoted(name)} = {quoted(reason)}" for name, reason in sorted(shipping.not_enabled.items())]
+def to_toml(device: Device, decisions: Iterable[Shipping]) -> str:
+    """The text of `shipping.toml`: one decision for each of the device's settings, in their order."""
+    lines = [f"# {text.MARK}", f"schema = {SCHEMA}", *_pairs({"device_slug": device.slug, "device": device.name})]
+    for setting, shipping in zip(device.settings, decisions, strict=True):
+        lines += ["", *_setting(setting.trained, setting.run_id, shipping)]
     return "\n".join(lines) + "\n"
+
+
+def _setting(trained: Trained, run_id: str, shipping: Shipping) -> list[str]:
+    length = [] if trained.pack_length is None else [f"pack_length = {trained.pack_length}"]
+    return [
+        "[[setting]]",
+        *_pairs({"model": trained.model, "method": trained.method}), *length,
+        *_pairs({"dtype": trained.dtype, "run_id": run_id}),
+        f"enable = [{', '.join(quoted(name) for name in shipping.enable)}]",
+        "",
+        "[setting.not_enabled]",
+        *(f"{quoted(name)} = {quoted(reason)}" for name, reason in sorted(shipping.not_enabled.items())),
+    ]  # fmt: skip
+
+
+def _pairs(values: Mapping[str, str]) -> list[str]:
+    return [f"{key} = {quoted(value)}" for key, value in values.items()]
 
 
 def quoted(value: str) -> str:

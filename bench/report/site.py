@@ -8,12 +8,12 @@ from pathlib import Path
 from abtest.report import site
 from abtest.report.site import write
 from bench.records import Record
-from bench.report import cross_compile, overview, pages, plots, shipping
-from bench.report.devices import Device, load
+from bench.report import cross_compile, index, overview, pages, plots, shipping
+from bench.report.devices import Device, Setting, load
 from bench.report.text import page_name, prose
 from loop.errors import UserError
 
-PATTERNS = ("*.md", "*/*.md", "*/*.png", "*/shipping.toml", *site.PATTERNS)
+PATTERNS = ("*.md", "*/*.md", "*/*.png", "*/*/*.md", "*/*/*.png", "*/shipping.toml", *site.PATTERNS)
 EARLIER = "no: not in the newest run"
 
 
@@ -35,31 +35,35 @@ def differences(data_dir: Path, out_dir: Path) -> list[str]:
 
 def files(data_dir: Path) -> dict[Path, bytes]:
     """Every file of the report and its bytes, in memory."""
-    devices = [(device, shipping.decide(device.current)) for device in load(data_dir)]
+    devices = [(device, [shipping.decide(setting.run) for setting in device.settings]) for device in load(data_dir)]
     content, compiled = site.files(data_dir), cross_compile.files(data_dir)
-    index = overview.index_page(devices, gated=bool(content), compiled=bool(compiled))
+    start = index.index_page(devices, gated=bool(content), compiled=bool(compiled))
     content |= compiled
-    content[Path("README.md")] = index.encode("utf-8", "replace")
-    for device, decision in devices:
+    content[Path("README.md")] = start.encode("utf-8", "replace")
+    for device, decisions in devices:
         if device.slug == data_dir.name:
             raise UserError(f"{data_dir / device.slug}: a device can't have the name of the records' folder")
-        content.update({Path(device.slug) / name: data for name, data in _device_files(device, decision)})
+        folder = Path(device.slug)
+        content[folder / "shipping.toml"] = shipping.to_toml(device, decisions).encode()
+        if len(device.settings) > 1:
+            content[folder / "README.md"] = index.device_page(device, decisions).encode("utf-8", "replace")
+        for setting, decision in zip(device.settings, decisions, strict=True):
+            made = _setting_files(device, setting, decision)
+            content.update({folder / device.path(setting) / name: data for name, data in made})
     return content
 
 
-def _device_files(device: Device, decision: shipping.Shipping) -> Iterator[tuple[str, bytes]]:
-    timed = any(record.perf and record.role != "reference" for record in device.current)
-    yield "README.md", overview.device_page(device, decision, timed).encode("utf-8", "replace")
+def _setting_files(device: Device, setting: Setting, decision: shipping.Shipping) -> Iterator[tuple[str, bytes]]:
+    timed = any(record.perf and record.role != "reference" for record in setting.current)
+    yield "README.md", overview.setting_page(device, setting, decision, timed).encode("utf-8", "replace")
     if timed:
-        yield "overview.png", plots.ratio_plot(device.current, decision.basis, device.name)
-    toml = shipping.to_toml(device.slug, device.name, device.run_id, device.reference or device.current[-1], decision)
-    yield "shipping.toml", toml.encode()
-    for record in (*device.current, *device.earlier):
-        name, older = page_name(record.arm), device.older.get(record.arm, 0)
+        yield "overview.png", plots.ratio_plot(setting.current, decision.basis, device.name)
+    for record in (*setting.current, *setting.earlier):
+        name, older = page_name(record.arm), setting.older.get(record.arm, 0)
         reason = decision.reasons.get(record.arm)
-        ships = EARLIER if record in device.earlier else _answer(record, decision, reason)
+        ships = EARLIER if record in setting.earlier else _answer(record, decision, reason)
         plotted = bool(record.losses)
-        page = pages.arm_page(record, device.name, device.run_id, older, ships, plotted)
+        page = pages.arm_page(record, setting.stock_of(record), device.name, setting.run_id, older, ships, plotted)
         yield f"{name}.md", page.encode("utf-8", "replace")
         if plotted:
             yield f"{name}.png", plots.loss_plot(record, device.name)

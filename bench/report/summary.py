@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.records import Record
-from bench.report.devices import select
+from bench.report.devices import finished, select
 from bench.report.shipping import decide
 
 PERF = (
@@ -25,12 +25,13 @@ def summary_json(records: Sequence[Record]) -> str:
     if not records:
         raise ValueError("a summary needs at least one record")
     device = select(str(records[0].environment.get("device_slug", "unknown")), records)
+    newest = max(device.settings, key=lambda setting: finished(setting.newest))
     document = {
-        "run_id": device.run_id,
+        "run_id": newest.run_id,
         "device": device.name,
-        "model": device.current[0].recipe.get("model"),
-        "arms": [_arm(record) for record in device.current],
-        "shipping": list(decide(device.current).enable),
+        "model": newest.current[0].recipe.get("model"),
+        "arms": [_arm(record) for record in newest.current],
+        "shipping": list(decide(newest.run).enable),
         "report": f"reports/{device.slug}/README.md",
     }
     return json.dumps(document, allow_nan=False)

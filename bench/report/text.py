@@ -27,8 +27,8 @@ from abtest.markdown import (
 from bench.records import Perf, Record
 
 __all__ = [
-    "MARK", "NOTHING", "RESERVED", "code", "dtype", "facts", "link", "memory", "names", "number", "one_line", "page_name",
-    "per_second", "percent", "prose", "ratio", "scalar", "setting", "shell", "table",
+    "MARK", "NOTHING", "RESERVED", "code", "dtype", "facts", "launches_saved", "link", "memory", "names", "number",
+    "one_line", "page_name", "per_second", "percent", "prose", "ratio", "scalar", "setting_words", "shell", "table",
 ]  # fmt: skip
 
 
@@ -41,7 +41,17 @@ def ratio(perf: Perf) -> str:
     return f"{middle}x [{low}, {high}]"
 
 
-def setting(record: Record) -> str:
+def launches_saved(record: Record, stock: Record | None) -> int | None:
+    """Device kernels a micro-step that the arm launches fewer than `stock`, the reference beside it; None where either count
+    is unknown, or the arm was measured beside stock of another recipe."""
+    if stock is None or stock is record or record.perf is None or stock.perf is None or record.recipe != stock.recipe:
+        return None
+    if record.perf.launches is None or stock.perf.launches is None:
+        return None
+    return stock.perf.launches - record.perf.launches
+
+
+def setting_words(record: Record) -> str:
     """What was trained, in one line: model, method, dtype, pack length, steps. Keys that a recipe lacks are left out."""
     return markdown.trained(record.recipe, record.environment)
 

@@ -124,7 +124,7 @@ def test_reports_are_rendered_and_rendering_again_changes_nothing(done):
     reports, _ = done
     device = reports / records_file(reports).parent.name
     shipping = tomllib.loads((device / "shipping.toml").read_text())
-    assert set(shipping["enable"]) <= {"static_lora"}
+    assert set(shipping["setting"][0]["enable"]) <= {"static_lora"}
     for name in ("README.md", "static_lora.md", "static_lora.png", "silu_mul.md", "overview.png"):
         assert (device / name).stat().st_size > 100
     assert differing(reports) == []

@@ -59,7 +59,10 @@ def test_the_short_form_enables_what_shipping_toml_allows(flags, tmp_path, capsy
     slug = device_slug(torch.device("cpu"))
     folder = tmp_path / "reports" / slug
     folder.mkdir(parents=True)
-    (folder / "shipping.toml").write_text('schema = 1\nmethod = "lora"\nenable = ["static_lora", "supervised_logits"]\n')
+    (folder / "shipping.toml").write_text(
+        'schema = 2\n[[setting]]\nmodel = "qwen3-tiny"\nmethod = "lora"\ndtype = "float32"\n'
+        'enable = ["static_lora", "supervised_logits"]\n'
+    )
     code, out, err = call(flags(), capsys)
     assert code == 0 and json.loads(out)["enabled"] == ["static_lora", "supervised_logits"]
     first = err.splitlines()[0]

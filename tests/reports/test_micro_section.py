@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 
 from bench import records
 from bench.report import render
-from bench.report.micro import HEADER, micro_section
+from bench.report.micro import HEADER, micro_cell, micro_section
 
 CHECKED = {
     "shape": "tokens=2048 width=5504", "dtype": "bfloat16", "level": "ROUNDING", "max_error_ratio": 1.0,
@@ -83,3 +83,26 @@ def test_the_section_is_on_the_page_of_its_arm(micro, tmp_path):
     render(tmp_path / "data", tmp_path)
     page = (tmp_path / "example-gpu-x1" / "silu_mul.md").read_text(encoding="utf-8")
     assert micro_section(micro).strip() in page
+
+
+@pytest.mark.parametrize(
+    ("micro", "cell"),
+    [
+        (TIMED, "2.00x, 88 %"),
+        (UNTIMED, "op ROUNDING, not timed"),
+        (COMMON | {"level": "NOT_RUN", "workloads": {}}, "–"),
+        ({"speedup": 1.8}, "–"),
+        (None, "–"),
+    ],
+)
+def test_one_cell_says_how_fast_and_how_close_to_the_limit(micro, cell):
+    assert micro_cell(micro, "bfloat16") == cell
+
+
+def test_workloads_in_the_dtype_that_was_trained_speak_for_the_op():
+    small = CHECKED | TIMES | {"dtype": "float32", "ratio": 0.5, "of_ceiling": 0.99}
+    slower = CHECKED | TIMES | {"ratio": 1.25, "of_ceiling": 0.5}
+    micro = COMMON | {"workloads": {"large": CHECKED | TIMES, "slower": slower, "small": small}}
+    assert micro_cell(micro, "bfloat16") == "1.25 to 2.00x, 88 %"
+    assert micro_cell(micro, "float32") == "0.50x, 99 %"
+    assert micro_cell(micro, "float16") == "0.50 to 2.00x, 99 %"  # none is in it, so all speak

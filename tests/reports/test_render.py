@@ -99,11 +99,11 @@ def test_the_readme_decides(full):
     decisions = next(table for table in tables(readme) if table[0][0] == "optimization")
     rows = {row[0]: row for row in decisions[1:]}
     assert [row[0] for row in decisions[1:4]] == ["all (silu_mul + static_lora)", "static_lora", "silu_mul"]
-    assert rows["silu_mul"][4:7] == ["1.06x [1.04, 1.08]", "1,801", "22.5 GiB"]
-    assert rows["fused_norm"][7] == "no: lossless but no measurable gain: ratio 1.003x [0.991, 1.015]"
+    assert rows["silu_mul"][4:9] == ["–", "1.06x [1.04, 1.08]", "1,801", "22.5 GiB", "0 of 1,234"]
+    assert rows["fused_norm"][9] == "no: lossless but no measurable gain: ratio 1.003x [0.991, 1.015]"
     assert rows["wrong_backward"][3] == "loss, largest difference in sigma: 31.7, limit 6"
-    assert rows["gated_only"][4:] == ["not timed", "–", "–", "no: not timed here: Triton's interpreter is not timed"]
-    assert rows["needs_fla"][7] == "no: NOT_RUN: fla is not installed"
+    assert rows["gated_only"][5:] == ["not timed", "–", "–", "–", "no: not timed here: Triton's interpreter is not timed"]
+    assert rows["needs_fla"][9] == "no: NOT_RUN: fla is not installed"
     assert not {"stock", "peft_fla", "retired"} & set(rows)
     others = next(table for table in tables(readme) if table[0][1] == "role")
     assert [row[:3] for row in others[1:]] == [["stock", "reference", "BITWISE"], ["peft_fla", "peer", "ROUNDING"]]
@@ -277,7 +277,7 @@ def test_one_arm_and_nothing_else(tmp_path):
     )
     render(write(tmp_path, [dataclasses.replace(lone, verdict=Verdict(Level.NOT_RUN, "no GPU"))]), tmp_path)
     readme = (tmp_path / SLUG / "README.md").read_text(encoding="utf-8")
-    assert "Nothing ships here yet" in readme and "Nothing was timed on this device" in readme
+    assert "Nothing ships here yet" in readme and "Nothing was timed in this run" in readme
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -288,7 +288,8 @@ def test_two_devices_share_an_index(tmp_path):
     together = synthetic.record("all", role="combination", perf=synthetic.perf(1.23))
     render(write(tmp_path, [synthetic.reference(), together]), tmp_path)
     index = tables((tmp_path / "README.md").read_text(encoding="utf-8"))[0]
-    assert [row[:3] for row in index[1:]] == [
-        ["Example GPU X1", "silu_mul + static_lora", "1.23x [1.21, 1.25]"],
-        ["Other GPU", "nothing: see the report", "–"],
+    trained = "qwen3.5-tiny · LoRA r=16 · bfloat16 · pack length 512 · 30 steps"
+    assert [row[:4] for row in index[1:]] == [
+        ["Example GPU X1", trained, "silu_mul + static_lora", "1.23x [1.21, 1.25]"],
+        ["Other GPU", trained.replace("bfloat16", "auto"), "nothing: see the report", "–"],
     ]

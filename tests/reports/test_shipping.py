@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from abtest.verdict import Level
 from bench.report import summary_json
+from bench.report.devices import select
 from bench.report.shipping import decide, quoted, timing_floor, to_toml
 
 LOSSLESS = [level for level in Level if level.lossless]
@@ -148,9 +149,8 @@ def test_only_what_passed_together_ships_and_all_else_has_a_reason(singles, grou
     everything = {name for record in current for name in record.optimizations}
     assert set(shipping.enable) | set(shipping.not_enabled) == everything
     assert not set(shipping.enable) & set(shipping.not_enabled) and all(shipping.not_enabled.values())
-    text = to_toml("slug", "Device", "run", current[0], shipping)
-    assert tomllib.loads(text)["enable"] == list(shipping.enable)
-    assert tomllib.loads(text)["not_enabled"] == shipping.not_enabled
+    (written,) = tomllib.loads(to_toml(select("slug", current), [shipping]))["setting"]
+    assert written["enable"] == list(shipping.enable) and written["not_enabled"] == shipping.not_enabled
 
 
 @settings(max_examples=300, deadline=None)
@@ -161,13 +161,15 @@ def test_any_text_is_a_toml_string(text):
 
 def test_the_file_has_the_documented_keys():
     current = synthetic.full_run()
-    values = tomllib.loads(to_toml("example-gpu-x1", "Example GPU X1", "r1", current[0], decide(current)))
-    assert values.pop("not_enabled").keys() == {
+    values = tomllib.loads(to_toml(select("example-gpu-x1", current), [decide(current)]))
+    (setting,) = values.pop("setting")
+    assert setting.pop("not_enabled").keys() == {
         record.arm for record in current if record.role == "optimization"
     } - {"silu_mul", "static_lora"}  # fmt: skip
-    assert values == {
-        "schema": 1, "device_slug": "example-gpu-x1", "device": "Example GPU X1", "model": "qwen3.5-tiny", "method": "lora",
-        "dtype": "bfloat16", "run_id": "r1", "enable": ["silu_mul", "static_lora"],
+    assert values == {"schema": 2, "device_slug": "example-gpu-x1", "device": "Example GPU X1"}
+    assert setting == {
+        "model": "qwen3.5-tiny", "method": "lora", "pack_length": 512, "dtype": "bfloat16",
+        "run_id": "20260102-030405-ab12", "enable": ["silu_mul", "static_lora"],
     }  # fmt: skip
 
 

@@ -1,0 +1,64 @@
+"""The first page of the reports, a row for each device and setting, and the page of a device with several settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.report.devices import Device, Setting
+from bench.report.overview import LEGEND, change_of, headline
+from bench.report.shipping import Shipping
+from bench.report.text import MARK, NOTHING, code, names, prose, ratio, setting_words, table
+
+HOW = (
+    "`python -m loop.train --data my.jsonl`, with the `--model` and `--method` of a row, switches on what `shipping.toml` "
+    "allows for the device that it runs on: the setting with that very model, method and dtype, and of several pack lengths "
+    "the nearest. Arrows go from the reference to what ships; verdicts belong to a device and a setting and do not carry "
+    "over to another."
+)
+
+
+def index_page(devices: Sequence[tuple[Device, Sequence[Shipping]]], gated: bool, compiled: bool = False) -> str:
+    """Markdown of `reports/README.md`, from each device with the decision for each of its settings. gated, compiled: whether
+    there is a page on the gate, on what kernels compile to."""
+    header = ("device", "trained", "switch on", "speed", "real tok/s", "peak memory", "verdict", "finished")
+    rows = []
+    for device, decisions in devices:
+        named = f"[{prose(device.name)}]({device.slug}/README.md)"
+        for setting, shipping in zip(device.settings, decisions, strict=True):
+            rows.append((named, *_row(device, setting, shipping)))
+            named = ""  # a device's name stands once, at its first setting
+    body = table(header, rows, numeric=(3, 4, 5)) if rows else "No records yet: `make bench` makes them."
+    gate = "\n[The gate itself](gate/README.md): what it catches, what it lets through, and every arm gated in full.\n"
+    code_of = "\n[What the kernels compile to](cross_compile/README.md), for GPUs that need not be here: no word on speed.\n"
+    others = (gate if gated else "") + (code_of if compiled else "")
+    return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{HOW}\n\n{LEGEND}\n{others}"
+
+
+def _row(device: Device, setting: Setting, shipping: Shipping) -> tuple[str, ...]:
+    basis = shipping.basis
+    speeds, used = change_of(setting, basis)
+    folder = "/".join(part for part in (device.slug, device.path(setting)) if part)
+    return (
+        f"[{setting_words(setting.reference or setting.newest) or NOTHING}]({folder}/README.md)",
+        f"**{names(shipping.enable)}**" if basis else "nothing: see the report",
+        f"**{ratio(basis.perf)}**" if basis else NOTHING,
+        speeds,
+        used,
+        basis.verdict.level.value if basis else NOTHING,
+        prose(setting.newest.finished_at),
+    )
+
+
+def device_page(device: Device, decisions: Sequence[Shipping]) -> str:
+    """Markdown of `reports/<device_slug>/README.md` where several things were trained: the headline of each."""
+    sections = [f"<!-- {MARK} -->\n# {prose(device.name)}"]
+    for setting, shipping in zip(device.settings, decisions, strict=True):
+        stock = setting.reference or setting.newest
+        page, finished = f"{device.path(setting)}/README.md", prose(setting.newest.finished_at)
+        sections += [
+            f"## [{setting_words(stock) or NOTHING}]({page})",
+            headline(setting, shipping, "shipping.toml"),
+            f"Run {code(setting.run_id)}, finished {finished}; [every arm and its numbers]({page}).",
+        ]
+    sections += ["The speed ratio is the reference's time over the time of what ships, in brackets its 95 % interval."]
+    return "\n\n".join((*sections, "[All devices](../README.md)")) + "\n"

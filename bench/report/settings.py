@@ -1,0 +1,73 @@
+"""Settings: what stock trained when arms were compared with it. Arms are only ever compared within one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.records import Record
+from bench.report import text
+from loop.shapes import is_tiny
+
+BASELINES = ("reference", "repeat")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What stock trained. "" or None where the record does not say."""
+
+    model: str
+    method: str
+    pack_length: int | None  # tokens
+    dtype: str
+
+    @property
+    def order(self) -> tuple:
+        """Real shapes before tiny ones, LoRA before full fine-tuning, long packs before short ones."""
+        return is_tiny(self.model), self.model, self.method != "lora", self.method, -(self.pack_length or 0), self.dtype
+
+
+def trained(record: Record) -> Trained:
+    """What the recipe of `record` says; dtype is the one that ran."""
+    data = record.recipe.get("data")
+    length = data.get("pack_length") if isinstance(data, dict) else None
+    return Trained(
+        model=str(record.recipe.get("model") or ""),
+        method=str(record.recipe.get("method") or ""),
+        pack_length=length if type(length) is int else None,
+        dtype=text.dtype(record) or "",
+    )
+
+
+def beside(record: Record, run: Sequence[Record]) -> list[Record]:
+    """The reference and repeat records of one run that an arm may have been measured beside.
+
+    A run may be several commands, one after another or side by side, each with stock of its own. Those of the same words
+    cannot be told apart, so it is all of theirs; for a command without stock it is all of the run's.
+    """
+    every = [other for other in run if other.role in BASELINES]
+    return [other for other in every if other.command == record.command] or every
+
+
+def reference_of(record: Record, run: Sequence[Record]) -> Record | None:
+    """The newest reference beside an arm, None where there is none."""
+    return next((other for other in reversed(beside(record, run)) if other.role == "reference"), None)
+
+
+def folder_names(settings: Sequence[Trained]) -> list[str]:
+    """A folder name for each: model, method, pack length and dtype in lower-case letters, digits, dots and dashes. Of a path
+    or hub id only the last part shows; models that then look alike get a hash of the whole."""
+    plain = [_slug(one) for one in settings]
+    return [
+        f"{name}-{hashlib.sha256(repr(one).encode('utf-8', 'replace')).hexdigest()[:8]}" if plain.count(name) > 1 else name
+        for one, name in zip(settings, plain, strict=True)
+    ]
+
+
+def _slug(one: Trained) -> str:
+    last = next((part for part in reversed(re.split(r"[/\\]", one.model)) if part.strip(".")), "")
+    parts = (last[:60] or "unnamed", one.method, one.pack_length, one.dtype)
+    words = [re.sub(r"[^a-z0-9.]+", "-", str(part).lower()).strip("-.") for part in parts if part not in ("", None)]
+    return "-".join(word for word in words if word) or "unnamed"
