@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels.contract import Exactness, Needs, Optimization, Workload
-from kernels.conv_silu_norm.op import mixer_op
+
+from .op import mixer_op
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -21,13 +22,13 @@ def _small(name: str, HK: int, K: int, V: int, documents: tuple[int, ...], train
 
 
 def _eligible(run: Run) -> str | None:
-    from kernels.conv_silu_norm.patch import eligible
+    from .patch import eligible
 
     return eligible(run)
 
 
 def _apply(run: Run) -> None:
-    from kernels.conv_silu_norm.patch import apply
+    from .patch import apply
 
     apply(run)
 

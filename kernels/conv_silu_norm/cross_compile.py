@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.conv_silu_norm import device, kernel
 from kernels.cross_compile import CompileCase, Expected, Instruction
+
+from . import device, kernel
 
 T, HK, K, VALUES = 5376, 16, 128, 2048
 LAYER = {"HK": HK, "K": K, "VALUES": VALUES}

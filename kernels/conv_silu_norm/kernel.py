@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.conv_silu_norm import device
+from . import device
 
 INTERPRETED = device.INTERPRETED.value
 TAPS = 4

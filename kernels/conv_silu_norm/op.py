@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from kernels.contract import Op, Workload
-from kernels.conv_silu_norm.reference import EPS, conv_silu_norm_reference
 from loop.delta_net import Pack
+
+from .reference import EPS, conv_silu_norm_reference
 
 Inputs = tuple[torch.Tensor, torch.Tensor, Pack, int, int]
 
@@ -40,7 +41,7 @@ def mixer_op(*cases: tuple[Workload, tuple[int, ...]]) -> Op:
 def _candidate(
     x: torch.Tensor, weight: torch.Tensor, pack: Pack, key_heads: int, key_width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from kernels.conv_silu_norm.kernel import conv_silu_norm
+    from .kernel import conv_silu_norm
 
     return tuple(y[None] for y in conv_silu_norm(x[0], weight, pack.starts, key_heads, key_width, EPS))
 

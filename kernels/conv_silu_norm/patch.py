@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kernels.conv_silu_norm.reference import EPS
 from kernels.norms import no_kernel_for, of_another_dtype
 from loop.delta_net import Pack, PackedDeltaNet, QkvMixer
+
+from .reference import EPS
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -28,7 +29,7 @@ class ConvSiluNorm(QkvMixer):
 
     def forward(self, x: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [1, T, C] -> q, k [1, T, key heads, K] of length 1, v [1, T, value heads, V]; documents of `pack` apart."""
-        from kernels.conv_silu_norm.kernel import conv_silu_norm
+        from .kernel import conv_silu_norm
 
         weight = self.weight.squeeze(1)
         q, k, v = conv_silu_norm(x[0], weight, pack.starts, self.key_heads, self.key_width, EPS)

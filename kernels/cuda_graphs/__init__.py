@@ -1,7 +1,8 @@
 """The whole micro-step as one CUDA graph."""
 
 from kernels.contract import Exactness, Needs, Optimization
-from kernels.cuda_graphs import patch
+
+from . import patch
 
 OPTIMIZATION = Optimization(
     name="cuda_graphs",

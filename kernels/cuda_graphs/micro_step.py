@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from kernels.cuda_graphs.gradients import Accumulators, Held
-from kernels.cuda_graphs.inputs import ROWS, CannotCapture, Inputs, signature, with_padded_rows
-from kernels.cuda_graphs.recorder import RandomState
-from kernels.cuda_graphs.watch import Baked, Onlookers, watcher
 from loop.batch import PackedBatch
 from loop.model import plain_micro_step
+
+from .gradients import Accumulators, Held
+from .inputs import ROWS, CannotCapture, Inputs, signature, with_padded_rows
+from .recorder import RandomState
+from .watch import Baked, Onlookers, watcher
 
 if TYPE_CHECKING:
     from loop.run import Run

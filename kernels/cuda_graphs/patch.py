@@ -21,7 +21,7 @@ def eligible(run: Run) -> str | None:
 
 def apply(run: Run) -> None:
     """Nothing is captured yet: what other optimizations still change is captured with the first micro-step."""
-    from kernels.cuda_graphs.micro_step import GraphedMicroStep
-    from kernels.cuda_graphs.recorder import CudaRecorder
+    from .micro_step import GraphedMicroStep
+    from .recorder import CudaRecorder
 
     run.micro_step = GraphedMicroStep(CudaRecorder(run.device))

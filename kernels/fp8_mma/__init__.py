@@ -1,7 +1,8 @@
 """LoRA's frozen base products in e4m3, with a scale for each row of both sides."""
 
 from kernels.contract import Exactness, Needs, Optimization, Workload
-from kernels.fp8_mma import op, patch
+
+from . import op, patch
 
 OPTIMIZATION = Optimization(
     name="fp8_mma",

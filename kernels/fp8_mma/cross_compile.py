@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kernels.cross_compile import CompileCase, CudaCase, Expected, Instruction
-from kernels.fp8_mma import quantise
-from kernels.fp8_mma.mma import FLAGS, SOURCE, STAGES, TILE_K, TILE_M, TILE_N
+
+from . import quantise
+from .mma import FLAGS, SOURCE, STAGES, TILE_K, TILE_M, TILE_N
 
 HOPPER, BLACKWELL = ("sm_90a",), ("sm_120a", "sm_121a")
 STEPS = TILE_K // 32 * 4 * 4  # products that a warp makes of one stage: 64 x 32 outputs, 16 x 8 each

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.fp8_mma.mma import mma_product
-from kernels.fp8_mma.reference import E4M3, product_reference, quantise_rows_reference
+from .mma import mma_product
+from .reference import E4M3, product_reference, quantise_rows_reference
 
 DTYPES = (torch.bfloat16, torch.float32)
 MMA_MAJORS = (8, 12)  # Ada's and consumer Blackwell's tensor cores take e4m3 from mma.sync; elsewhere it is widened to fp16
@@ -25,7 +25,7 @@ def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.quantise_rows_reference`, by a kernel where there is a GPU for it; the bits are the same."""
     if not rows.is_cuda:
         return quantise_rows_reference(rows)
-    from kernels.fp8_mma.quantise import quantise_rows
+    from .quantise import quantise_rows
 
     return quantise_rows(rows)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.contract import Op, Workload
-from kernels.fp8_mma.kernel import Fp8Linear
+
+from .kernel import Fp8Linear
 
 
 def linear_op(*workloads: Workload) -> Op:

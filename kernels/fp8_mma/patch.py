@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kernels.fp8_mma.kernel import Fp8Linear, uses_mma
-from kernels.fp8_mma.mma import ALIGNED, unavailable
+from .kernel import Fp8Linear, uses_mma
+from .mma import ALIGNED, unavailable
 
 if TYPE_CHECKING:
     from loop.run import Run

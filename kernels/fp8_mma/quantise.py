@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fp8_mma.reference import LARGEST, NAN
+from .reference import LARGEST, NAN
 
 BLOCK = 2048  # 4 warps x 16 elements a thread
 WARPS = 4

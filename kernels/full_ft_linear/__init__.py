@@ -1,7 +1,8 @@
 """nn.Linear for full fine-tuning: the weight's gradient goes straight into the optimizer's fp32 sum."""
 
 from kernels.contract import Exactness, Optimization, Workload
-from kernels.full_ft_linear import op, patch
+
+from . import op, patch
 
 OPTIMIZATION = Optimization(
     name="full_ft_linear",

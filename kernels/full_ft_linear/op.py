@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.contract import Op, Workload
-from kernels.full_ft_linear.kernel import weight_gradient
-from kernels.full_ft_linear.reference import stock_linear
+
+from .kernel import weight_gradient
+from .reference import stock_linear
 
 
 def linear_op(*workloads: Workload) -> Op:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from kernels.full_ft_linear.kernel import MainGradLinear
 from loop.lora import adapters
+
+from .kernel import MainGradLinear
 
 if TYPE_CHECKING:
     from loop.run import Run

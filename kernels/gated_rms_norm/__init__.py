@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels.contract import Exactness, Needs, Optimization, Workload
-from kernels.gated_rms_norm.op import gated_norm_op
+
+from .op import gated_norm_op
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -22,13 +23,13 @@ WORKLOADS = (
 
 
 def _eligible(run: Run) -> str | None:
-    from kernels.gated_rms_norm.patch import eligible
+    from .patch import eligible
 
     return eligible(run)
 
 
 def _apply(run: Run) -> None:
-    from kernels.gated_rms_norm.patch import apply
+    from .patch import apply
 
     apply(run)
 

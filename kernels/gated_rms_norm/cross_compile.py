@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernels.cross_compile import CompileCase, Expected
-from kernels.gated_rms_norm import kernel
+
+from . import kernel
 
 WIDTH = 128
 FORWARD = ("p_x", "p_gate", "p_weight", "p_y")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from kernels.contract import Op, Workload
-from kernels.gated_rms_norm.reference import EPS, gated_rms_norm_reference
+
+from .reference import EPS, gated_rms_norm_reference
 
 
 def gated_norm_op(*workloads: Workload) -> Op:
@@ -18,7 +19,7 @@ def _reference(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> tor
 
 
 def _candidate(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    from kernels.gated_rms_norm.kernel import gated_rms_norm
+    from .kernel import gated_rms_norm
 
     return gated_rms_norm(x, gate, weight, EPS)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from kernels.norms import epsilon, is_one_weight, no_kernel_for, of_another_dtype
+
+from .reference import gated_rms_norm_reference
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -28,7 +29,7 @@ class FusedGatedRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        from kernels.gated_rms_norm.kernel import gated_rms_norm
+        from .kernel import gated_rms_norm
 
         return gated_rms_norm(hidden_states, gate, self.weight, self.variance_epsilon)
 

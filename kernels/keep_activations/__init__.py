@@ -1,7 +1,8 @@
 """Backward from kept activations instead of recomputed ones."""
 
 from kernels.contract import Exactness, Optimization
-from kernels.keep_activations import patch
+
+from . import patch
 
 OPTIMIZATION = Optimization(
     name="keep_activations",

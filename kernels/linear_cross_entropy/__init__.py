@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kernels.contract import Exactness, Needs, Optimization, Workload
-from kernels.linear_cross_entropy import patch
 from kernels.supervised_logits.op import loss_head_op
+
+from . import patch
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ WORKLOADS = (
 
 
 def _candidate(model: nn.Module, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    from kernels.linear_cross_entropy.kernel import linear_cross_entropy_head
+    from .kernel import linear_cross_entropy_head
 
     return linear_cross_entropy_head(model, hidden, batch)
 

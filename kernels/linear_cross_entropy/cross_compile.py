@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kernels.cross_compile import CompileCase, Expected
-from kernels.linear_cross_entropy import kernel
+
+from . import kernel
 
 # 128 registers: 2 blocks of 8 warps on an SM, each of which reads 32 logits a thread at a time
 EXPECTED = Expected(registers=128)

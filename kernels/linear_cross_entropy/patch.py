@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from kernels.contract import Needs
-from kernels.linear_cross_entropy.reference import cross_entropy_head
 from kernels.registry import unmet
+
+from .reference import cross_entropy_head
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -26,7 +27,7 @@ def eligible(run: Run) -> str | None:
 
 def _more_than_a_product(model: nn.Module) -> str | None:
     """Why multiplying by the head's weight would leave something of the head out. Imports triton."""
-    from kernels.linear_cross_entropy.kernel import DTYPES
+    from .kernel import DTYPES
 
     head = model.get_output_embeddings()
     if head is None:
@@ -53,6 +54,6 @@ def _scaled_logits(model: nn.Module) -> str | None:
 
 
 def apply(run: Run) -> None:
-    from kernels.linear_cross_entropy.kernel import linear_cross_entropy_head
+    from .kernel import linear_cross_entropy_head
 
     run.loss_head = linear_cross_entropy_head

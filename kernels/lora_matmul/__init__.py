@@ -1,7 +1,8 @@
 """LoRA projections of one input, base product included, as one autograd node."""
 
 from kernels.contract import Exactness, Optimization, Workload
-from kernels.lora_matmul import op, patch
+
+from . import op, patch
 
 OPTIMIZATION = Optimization(
     name="lora_matmul",

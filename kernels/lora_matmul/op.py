@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.contract import Op, Workload
-from kernels.lora_matmul.kernel import FusedLora, SharedInput
+
+from .kernel import FusedLora, SharedInput
 
 
 def lora_op(*workloads: Workload) -> Op:
@@ -37,7 +38,7 @@ def _candidate(x: Tensor, _: nn.ModuleList, members: nn.ModuleList) -> tuple[Ten
 
 def _inputs(workload: Workload, device: torch.device, seed: int) -> tuple[Any, ...]:
     """x [T, D_in] that requires a gradient, PEFT's layers, and the fused ones over the same parameters."""
-    from kernels.lora_matmul.reference import peft_layers
+    from .reference import peft_layers
 
     T, D, R, outs = _sizes(workload)
     dtype, generator = getattr(torch, workload.dtype), torch.Generator().manual_seed(seed)

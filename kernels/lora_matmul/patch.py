@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from kernels.lora_matmul.kernel import FusedLora, SharedInput
 from loop.lora import Adapter, adapters
+
+from .kernel import FusedLora, SharedInput
 
 if TYPE_CHECKING:
     from loop.run import Run

@@ -1,7 +1,8 @@
 """Attention within documents only, instead of over the whole pack under a mask."""
 
 from kernels.contract import Exactness, Optimization, Workload
-from kernels.packed_attention import op, patch
+
+from . import op, patch
 
 HEADS_2B = {"H": 8, "KV": 2, "D": 256}
 SMALL = {"B": 1, "H": 4, "KV": 2, "D": 16}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from kernels.contract import Op, Workload
-from kernels.packed_attention.kernel import attend_within_documents
-from kernels.packed_attention.reference import layer_of, masked_attention
 from loop.delta_net import Pack
+
+from .kernel import attend_within_documents
+from .reference import layer_of, masked_attention
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Pack, int | None]
 

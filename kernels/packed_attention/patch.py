@@ -19,7 +19,7 @@ def eligible(run: Run) -> str | None:
 def apply(run: Run) -> None:
     from transformers import AttentionInterface
 
-    from kernels.packed_attention.kernel import NAME, attend_within_documents
+    from .kernel import NAME, attend_within_documents
 
     AttentionInterface.register(NAME, attend_within_documents)  # no mask function: transformers then builds no mask
     run.model.set_attn_implementation(NAME)

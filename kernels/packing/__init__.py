@@ -1,7 +1,8 @@
 """Packed rows instead of padded ones."""
 
 from kernels.contract import Exactness, Op, Optimization
-from kernels.packing import kernel, op, patch, reference
+
+from . import kernel, op, patch, reference
 
 OPTIMIZATION = Optimization(
     name="packing",

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 
-from kernels.packing.kernel import joined, split, stacked
 from loop.batch import PackedBatch
 from loop.cli import guarded, parse
 from loop.config import Config, DataConfig, config_of
@@ -27,6 +26,8 @@ from loop.model import plain_micro_step
 from loop.rows import padded
 from loop.run import Run
 from loop.training import build
+
+from .kernel import joined, split, stacked
 
 RESAMPLES = 2000
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels.contract import Exactness, Needs, Optimization, Workload
-from kernels.rms_norm.op import norm_op
+
+from .op import norm_op
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -31,13 +32,13 @@ WORKLOADS = (
 
 
 def _eligible(run: Run) -> str | None:
-    from kernels.rms_norm.patch import eligible
+    from .patch import eligible
 
     return eligible(run)
 
 
 def _apply(run: Run) -> None:
-    from kernels.rms_norm.patch import apply
+    from .patch import apply
 
     apply(run)
 

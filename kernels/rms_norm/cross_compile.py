@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernels.cross_compile import CompileCase, Expected
-from kernels.rms_norm import kernel
+
+from . import kernel
 
 STRIDES = {"x_stride": "i32", "residual_stride": "i32", "dy_stride": "i32", "dsum_stride": "i32"}
 FORWARD = ("p_x", "p_residual", "p_weight", "p_sum", "p_y")

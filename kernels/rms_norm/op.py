@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from kernels.contract import Op, Workload
-from kernels.rms_norm.reference import EPS, norm_reference
+
+from .reference import EPS, norm_reference
 
 
 def norm_op(*workloads: Workload) -> Op:
@@ -16,7 +17,7 @@ def norm_op(*workloads: Workload) -> Op:
 def _candidate(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, zero_centred: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    from kernels.rms_norm.kernel import add_rms_norm, rms_norm
+    from .kernel import add_rms_norm, rms_norm
 
     if residual is None:
         return rms_norm(x, weight, EPS, zero_centred)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from kernels.norms import epsilon, is_one_weight, no_kernel_for, of_another_dtype
-from kernels.rms_norm.reference import rms_norm_reference
+
+from .reference import rms_norm_reference
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -32,7 +33,7 @@ class FusedRMSNorm(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        from kernels.rms_norm.kernel import add_rms_norm, rms_norm
+        from .kernel import add_rms_norm, rms_norm
 
         if residual is None:
             return rms_norm(x, self.weight, self.eps, self.zero_centred)
@@ -90,7 +91,7 @@ def fusable_layers(model: nn.Module, swapped: dict[str, bool]) -> list[str]:
     }
     if not layers:
         return []
-    from kernels.rms_norm.layer import computes_the_same
+    from .layer import computes_the_same
 
     return [name for name, layer in layers.items() if "forward" not in layer.__dict__ and computes_the_same(layer)]
 
@@ -112,7 +113,7 @@ def apply(run: Run) -> None:
         norm = run.model.get_submodule(name)
         _replace(run.model, name, FusedRMSNorm(norm.weight, epsilon(norm), zero_centred).train(norm.training))
     if layers:
-        from kernels.rms_norm.layer import FusedDecoderLayer
+        from .layer import FusedDecoderLayer
 
         for name in layers:
             _replace(run.model, name, FusedDecoderLayer(run.model.get_submodule(name)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels.contract import Exactness, Needs, Optimization, Workload
-from kernels.rope_qk_norm.op import rope_op
+
+from .op import rope_op
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -22,13 +23,13 @@ def _small(name: str, *sizes: int, zero_centred: int = 1, gated: int = 1, traine
 
 
 def _eligible(run: Run) -> str | None:
-    from kernels.rope_qk_norm.patch import eligible
+    from .patch import eligible
 
     return eligible(run)
 
 
 def _apply(run: Run) -> None:
-    from kernels.rope_qk_norm.patch import apply
+    from .patch import apply
 
     apply(run)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernels.cross_compile import CompileCase, Expected
-from kernels.rope_qk_norm import device, kernel
+
+from . import device, kernel
 
 QWEN35 = {"H": 8, "KV": 2, "D": 256, "ZERO_CENTRED": True}
 QWEN3 = {"H": 32, "KV": 8, "D": 128, "ZERO_CENTRED": False}

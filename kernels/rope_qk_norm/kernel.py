@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.rope_qk_norm import device
+from . import device
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TILE = 2048  # elements of a program's tile: 16 a thread in 4 warps, two 16-byte loads of bf16

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from kernels.norms import epsilon
-from kernels.rope_qk_norm.reference import normed, rope_qk_norm_reference
+
+from .reference import normed, rope_qk_norm_reference
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class FusedQkAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """query [B, L, heads, head_dim], key [B, L, kv heads, head_dim], cos and sin [B, L, rotated] -> like both."""
-        from kernels.rope_qk_norm.kernel import rope_qk_norm
+        from .kernel import rope_qk_norm
 
         weights = self.q_norm.weight, self.k_norm.weight
         return rope_qk_norm(query, key, *weights, cos, sin, self.eps, self.form.zero_centred)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from kernels.contract import Op, Workload
-from kernels.rope_qk_norm.reference import EPS, rope_qk_norm_reference
+
+from .reference import EPS, rope_qk_norm_reference
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool]
 
@@ -36,7 +37,7 @@ def _candidate(
     sin: torch.Tensor,
     zero_centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from kernels.rope_qk_norm.kernel import rope_qk_norm
+    from .kernel import rope_qk_norm
 
     return rope_qk_norm(query, key, q_weight, k_weight, cos, sin, EPS, zero_centred)
 

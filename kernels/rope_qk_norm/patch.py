@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from kernels.norms import DTYPES, epsilon, is_one_weight, no_kernel_for
-from kernels.rope_qk_norm.layer import Form, FusedQkAttention, computes_the_same
-from kernels.rope_qk_norm.reference import normed
+
+from .layer import Form, FusedQkAttention, computes_the_same
+from .reference import normed
 
 if TYPE_CHECKING:
     from loop.run import Run

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.contract import Exactness, Needs, Op, Optimization, Workload
-from kernels.silu_mul.reference import silu_mul_reference
+
+from .reference import silu_mul_reference
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -26,7 +27,7 @@ WORKLOADS = (
 
 
 def _candidate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    from kernels.silu_mul.kernel import silu_mul
+    from .kernel import silu_mul
 
     return silu_mul(gate, up)
 
@@ -54,13 +55,13 @@ def _flops(workload: Workload) -> int:
 
 
 def _eligible(run: Run) -> str | None:
-    from kernels.silu_mul.patch import eligible
+    from .patch import eligible
 
     return eligible(run)
 
 
 def _apply(run: Run) -> None:
-    from kernels.silu_mul.patch import apply
+    from .patch import apply
 
     apply(run)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kernels.cross_compile import CompileCase, Expected
-from kernels.silu_mul import kernel
+
+from . import kernel
 
 POINTERS = {
     kernel._forward_kernel: ("p_gate", "p_up", "p_y"),

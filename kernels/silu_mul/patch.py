@@ -10,8 +10,9 @@ from torch import nn
 
 from kernels.contract import Needs
 from kernels.registry import unmet
-from kernels.silu_mul.reference import silu_mul_reference
 from loop.run import Run
+
+from .reference import silu_mul_reference
 
 CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -29,7 +30,7 @@ class FusedMLP(nn.Module):
         self.training = mlp.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from kernels.silu_mul.kernel import silu_mul
+        from .kernel import silu_mul
 
         return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 

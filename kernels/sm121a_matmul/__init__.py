@@ -4,7 +4,8 @@ Nothing here imports triton: a box without a GPU sets TRITON_INTERPRET first, an
 """
 
 from kernels.contract import Exactness, Optimization, Workload
-from kernels.sm121a_matmul import op, patch
+
+from . import op, patch
 
 OPTIMIZATION = Optimization(
     name="sm121a_matmul",

@@ -4,8 +4,9 @@ layout that a linear layer's products have in memory."""
 from __future__ import annotations
 
 from kernels.cross_compile import TARGETS, CompileCase, Expected, Instruction
-from kernels.sm121a_matmul import kernel
-from kernels.sm121a_matmul.tile import FP32_TILE, GROUP_M, TILES, Tile
+
+from . import kernel
+from .tile import FP32_TILE, GROUP_M, TILES, Tile
 
 MMA = Instruction("mma.sync", r"^mma\.sync\S*\.bf16", ("sm_80", "sm_120a", "sm_121a"))
 WGMMA = Instruction("wgmma", r"^wgmma\.mma_async\S*\.bf16", ("sm_90a",))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.contract import Needs
-from kernels.sm121a_matmul.table import Tiles, bucket
-from kernels.sm121a_matmul.tile import Tile
+
+from .table import Tiles, bucket
+from .tile import Tile
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sm121a_matmul.tile import FP32_TILE, GROUP_M, TILES, Tile
+from .tile import FP32_TILE, GROUP_M, TILES, Tile
 
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kernels.contract import Op, Workload
-from kernels.sm121a_matmul import table
-from kernels.sm121a_matmul.dispatch import Engine, linear
-from kernels.sm121a_matmul.reference import linear_reference
-from kernels.sm121a_matmul.tile import Tile
+
+from . import table
+from .dispatch import Engine, linear
+from .reference import linear_reference
+from .tile import Tile
 
 LORA, FULL = {"trained": 0}, {"trained": 1}
 

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from kernels.contract import Needs
 from kernels.registry import unmet
-from kernels.sm121a_matmul import table
-from kernels.sm121a_matmul.dispatch import DispatchedLinear, Engine
-from kernels.sm121a_matmul.tile import TILES, Tile
 from loop.lora import adapters
+
+from . import table
+from .dispatch import DispatchedLinear, Engine
+from .tile import TILES, Tile
 
 if TYPE_CHECKING:
     from loop.run import Run
 
 
 def _matmul(a: Tensor, b: Tensor, tile: Tile) -> Tensor:
-    from kernels.sm121a_matmul.kernel import matmul
+    from .kernel import matmul
 
     return matmul(a, b, tile)
 

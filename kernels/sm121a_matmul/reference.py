@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.sm121a_matmul.tile import Tile
+from .tile import Tile
 
 
 def linear_reference(x: Tensor, weight: Tensor, tiles: dict[str, Tile]) -> Tensor:

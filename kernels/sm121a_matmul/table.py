@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from kernels.sm121a_matmul.tile import Tile
 from loop.device import device_name
 from loop.errors import UserError
 from loop.files import write_text
+
+from .tile import Tile
 
 PRODUCTS = ("y", "dx", "dw")  # x W^T, dy W and dy^T x: what memory holds transposed is B, nothing, and A
 HEADING = "# Measured by `python -m kernels.{name}.tune`, which alone writes here; what is not in it goes to cuBLAS.\n"

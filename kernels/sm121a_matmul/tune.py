@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from kernels.registry import unmet
-from kernels.sm121a_matmul import table
-from kernels.sm121a_matmul.dispatch import Engine
-from kernels.sm121a_matmul.patch import ENGINE, plain_linears
-from kernels.sm121a_matmul.table import Entry
-from kernels.sm121a_matmul.tile import Tile
 from loop.cli import guarded, parse
 from loop.config import Config
 from loop.errors import UserError
 from loop.model import load_model
+
+from . import table
+from .dispatch import Engine
+from .patch import ENGINE, plain_linears
+from .table import Entry
+from .tile import Tile
 
 ROUNDS = 10  # in which every tile takes its turn
 FLUSHES = 8  # of the L2 before each sample: longer than the host needs to launch what is timed

@@ -1,7 +1,8 @@
 """Qwen3.5's gated-delta layers through flash-linear-attention's kernels."""
 
 from kernels.contract import Exactness, Needs, Optimization, Workload
-from kernels.ssm_fast_path import op, patch
+
+from . import op, patch
 
 LAYER_2B = {"T": 5376, "HK": 16, "HV": 16, "K": 128, "V": 128}
 

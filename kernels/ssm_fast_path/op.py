@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.contract import Op, Workload
-from kernels.ssm_fast_path.reference import delta_rule
 from loop.delta_net import CHUNK, Pack
+
+from .reference import delta_rule
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Pack]
 
@@ -39,7 +40,7 @@ def delta_rule_op(*cases: tuple[Workload, tuple[int, ...]]) -> Op:
 def _candidate(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, pack: Pack
 ) -> torch.Tensor:
-    from kernels.ssm_fast_path.kernel import fla_delta_rule
+    from .kernel import fla_delta_rule
 
     return fla_delta_rule(q, k, v, g, beta, pack)
 

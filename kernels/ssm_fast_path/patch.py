@@ -42,7 +42,7 @@ def triton_refusal(capability: tuple[int, int], version: tuple[int, ...]) -> str
 
 
 def apply(run: Run) -> None:
-    from kernels.ssm_fast_path.kernel import FlaDeltaNet
+    from .kernel import FlaDeltaNet
 
     for parent in list(run.model.modules()):
         for name, child in list(parent.named_children()):

@@ -1,7 +1,8 @@
 """LoRA as one static module instead of PEFT's dispatching layer."""
 
 from kernels.contract import Exactness, Optimization, Workload
-from kernels.static_lora import op, patch
+
+from . import op, patch
 
 OPTIMIZATION = Optimization(
     name="static_lora",

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from kernels.contract import Op, Workload
-from kernels.static_lora.kernel import StaticLora
+
+from .kernel import StaticLora
 
 
 def lora_op(*workloads: Workload) -> Op:
@@ -24,7 +25,7 @@ def lora_op(*workloads: Workload) -> Op:
 
 def _inputs(workload: Workload, device: torch.device, seed: int) -> tuple[Any, ...]:
     """x [T, D_in] that requires a gradient, PEFT's layer, and the static layer over the same parameters."""
-    from kernels.static_lora.reference import peft_layer
+    from .reference import peft_layer
 
     shape, dtype = workload.shape, getattr(torch, workload.dtype)
     generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ def eligible(run: Run) -> str | None:
 
 def apply(run: Run) -> None:
     """Replaces them. The parameters stay the same objects: optimizer, names and files do not notice."""
-    from kernels.static_lora.kernel import StaticLora
+    from .kernel import StaticLora
 
     for adapter in _peft_adapters(run.model):
         parent, _, name = adapter.name.rpartition(".")

@@ -1,7 +1,8 @@
 """Logits only for the positions that are supervised."""
 
 from kernels.contract import Exactness, Optimization, Workload
-from kernels.supervised_logits import op, patch
+
+from . import op, patch
 
 SMALL = {"B": 2, "L": 72, "D": 64, "V": 509}
 

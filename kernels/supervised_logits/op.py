@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from kernels.contract import Op, Workload
-from kernels.supervised_logits.kernel import supervised_cross_entropy
-from kernels.supervised_logits.reference import cross_entropy_head
 from loop.batch import IGNORE, PackedBatch
+
+from .kernel import supervised_cross_entropy
+from .reference import cross_entropy_head
 
 
 class HeadOnly(nn.Module):

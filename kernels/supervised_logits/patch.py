@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kernels.supervised_logits.kernel import supervised_cross_entropy
-from kernels.supervised_logits.reference import cross_entropy_head
+from .kernel import supervised_cross_entropy
+from .reference import cross_entropy_head
 
 if TYPE_CHECKING:
     from loop.run import Run

@@ -5,7 +5,8 @@ Nothing here imports triton: a box without a GPU sets TRITON_INTERPRET first, an
 
 from kernels.contract import Exactness, Optimization, Workload
 from kernels.sm121a_matmul.op import FULL, matmul_op
-from kernels.tma_matmul import patch
+
+from . import patch
 
 OPTIMIZATION = Optimization(
     name="tma_matmul",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from kernels.cross_compile import CompileCase, Expected, Instruction
 from kernels.sm121a_matmul.tile import FP32_TILE, GROUP_M, Tile
-from kernels.tma_matmul import kernel
-from kernels.tma_matmul.tile import TILES
+
+from . import kernel
+from .tile import TILES
 
 HOPPER, GB10 = ("sm_90a",), ("sm_120a", "sm_121a")
 WITH_TMA = (*HOPPER, *GB10)

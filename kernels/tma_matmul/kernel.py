@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kernels.sm121a_matmul.kernel import INTERPRETED, block_of, fitting, on_device_of, refuse_other
 from kernels.sm121a_matmul.tile import GROUP_M, Tile
-from kernels.tma_matmul.tile import TILES, begins_aligned, takes
+
+from .tile import TILES, begins_aligned, takes
 
 PROGRAMS_INTERPRETED = 3  # so that one computes several blocks
 

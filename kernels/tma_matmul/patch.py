@@ -11,14 +11,15 @@ from kernels.contract import Needs
 from kernels.sm121a_matmul import patch
 from kernels.sm121a_matmul.dispatch import Engine
 from kernels.sm121a_matmul.tile import Tile
-from kernels.tma_matmul.tile import TILES, takes
+
+from .tile import TILES, takes
 
 if TYPE_CHECKING:
     from loop.run import Run
 
 
 def _matmul(a: Tensor, b: Tensor, tile: Tile) -> Tensor:
-    from kernels.tma_matmul.kernel import matmul
+    from .kernel import matmul
 
     return matmul(a, b, tile)
 

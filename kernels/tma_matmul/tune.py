@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kernels.sm121a_matmul import tune
-from kernels.tma_matmul.patch import ENGINE
 from loop.cli import guarded
+
+from .patch import ENGINE
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from kernels.contract import Exactness, Fails, Optimization, Workload
 from kernels.supervised_logits.op import loss_head_op
-from negative_results.bf16_head_gradient import kernel, patch
+
+from . import kernel, patch
 
 SMALL = {"B": 2, "L": 72, "D": 16, "V": 509, "trained": 1}
 WORKLOADS = (

@@ -8,7 +8,8 @@ from torch import nn
 
 from kernels.linear_cross_entropy.patch import AFTER_THE_HEAD
 from loop.model import cross_entropy_head
-from negative_results.bf16_head_gradient.kernel import head
+
+from .kernel import head
 
 if TYPE_CHECKING:
     from loop.run import Run

@@ -1,7 +1,8 @@
 """MLPs through torch.compile with max-autotune, CUDA graphs included."""
 
 from kernels.contract import Exactness, Needs, Optimization
-from negative_results.compiled_max_autotune import patch
+
+from . import patch
 
 OPTIMIZATION = Optimization(
     name="compiled_max_autotune",

@@ -1,7 +1,8 @@
 """Weights transposed into fresh memory at every call of a linear layer."""
 
 from kernels.contract import Exactness, Op, Optimization, Workload
-from negative_results.contiguous_linear_patch import kernel, patch, reference
+
+from . import kernel, patch, reference
 
 WORKLOADS = (
     Workload("gate_proj 2B", {"T": 5376, "D_in": 2048, "D_out": 6144, "trained": 0, "bias": 0}),

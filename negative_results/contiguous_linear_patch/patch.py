@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from negative_results.contiguous_linear_patch.kernel import ContiguousLinear
+from .kernel import ContiguousLinear
 
 if TYPE_CHECKING:
     from loop.run import Run

@@ -11,7 +11,8 @@ import torch
 
 from kernels import silu_mul
 from kernels.contract import Exactness, Needs, Op, Optimization, Workload
-from negative_results.elementwise_warps.reference import reference
+
+from .reference import reference
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -25,7 +26,7 @@ WORKLOADS = (
 
 
 def _candidate(gate: torch.Tensor, up: torch.Tensor, warps: int) -> torch.Tensor:
-    from negative_results.elementwise_warps.kernel import silu_mul_with_warps
+    from .kernel import silu_mul_with_warps
 
     return silu_mul_with_warps(gate, up, warps)
 
@@ -36,13 +37,13 @@ def _inputs(workload: Workload, device: torch.device, seed: int) -> tuple[torch.
 
 
 def _eligible(run: Run) -> str | None:
-    from negative_results.elementwise_warps.patch import eligible
+    from .patch import eligible
 
     return eligible(run)
 
 
 def _apply(run: Run) -> None:
-    from negative_results.elementwise_warps.patch import apply
+    from .patch import apply
 
     apply(run)
 

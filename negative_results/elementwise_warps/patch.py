@@ -23,7 +23,7 @@ class WarpsMLP(nn.Module):
         self.training = mlp.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from negative_results.elementwise_warps.kernel import silu_mul_with_warps
+        from .kernel import silu_mul_with_warps
 
         return self.down_proj(silu_mul_with_warps(self.gate_proj(x), self.up_proj(x), self.warps))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from negative_results.bf16_head_gradient.patch import beyond_a_product
-from negative_results.filtered_cross_entropy.kernel import head
+
+from .kernel import head
 
 if TYPE_CHECKING:
     from loop.run import Run

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels.contract import Exactness, Needs, Op, Optimization, Workload
-from negative_results.fused_swiglu_matmul import reference
+
+from . import reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,19 +26,19 @@ WORKLOADS = (
 
 
 def _candidate(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    from negative_results.fused_swiglu_matmul.kernel import fused_swiglu
+    from .kernel import fused_swiglu
 
     return fused_swiglu(x, gate_weight, up_weight)
 
 
 def _eligible(run: Run) -> str | None:
-    from negative_results.fused_swiglu_matmul.patch import eligible
+    from .patch import eligible
 
     return eligible(run)
 
 
 def _apply(run: Run) -> None:
-    from negative_results.fused_swiglu_matmul.patch import apply
+    from .patch import apply
 
     apply(run)
 

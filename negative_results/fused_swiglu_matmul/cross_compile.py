@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kernels.cross_compile import CompileCase, Expected
-from negative_results.fused_swiglu_matmul import kernel
+
+from . import kernel
 
 POINTERS = ("p_x", "p_gate_weight", "p_up_weight", "p_y", "p_gate", "p_up")
 

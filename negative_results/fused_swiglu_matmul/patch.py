@@ -21,7 +21,7 @@ class SwigluMLP(nn.Module):
         self.training = mlp.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from negative_results.fused_swiglu_matmul.kernel import fused_swiglu
+        from .kernel import fused_swiglu
 
         return self.down_proj(fused_swiglu(x, self.gate_proj.weight, self.up_proj.weight))
 

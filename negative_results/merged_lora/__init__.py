@@ -1,7 +1,8 @@
 """Every step's change of s B A added to the weight in place: a forward of one product, and sums that round."""
 
 from kernels.contract import Exactness, Fails, Optimization, Workload
-from negative_results.merged_lora import op, patch
+
+from . import op, patch
 
 OPTIMIZATION = Optimization(
     name="merged_lora",

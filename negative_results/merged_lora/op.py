@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from kernels.contract import Op, Workload
 from kernels.static_lora.op import lora_op
-from negative_results.merged_lora.kernel import merge_, merged_linear
+
+from .kernel import merge_, merged_linear
 
 
 def merged_op(*workloads: Workload) -> Op:

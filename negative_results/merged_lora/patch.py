@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels.lora_matmul.patch import beyond_plain_lora, peft_adapters
-from negative_results.merged_lora.kernel import MergedLora
+
+from .kernel import MergedLora
 
 if TYPE_CHECKING:
     from loop.run import Run

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kernels.contract import Exactness, Op, Optimization
 from kernels.packed_attention.reference import masked_attention
-from negative_results.packing_above_mean import kernel, patch, reference
+
+from . import kernel, patch, reference
 
 OPTIMIZATION = Optimization(
     name="packing_above_mean",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loop.model import plain_micro_step
-from negative_results.packing_above_mean.kernel import joined_micro_step
+
+from .kernel import joined_micro_step
 
 if TYPE_CHECKING:
     from loop.run import Run

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kernels.contract import Exactness, Fails, Needs, Op, Optimization, Workload
-from negative_results.triton_fp8_dot import patch, reference
+
+from . import patch, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,7 @@ WORKLOADS = (
 
 
 def _candidate(x: Tensor, weight: Tensor) -> Tensor:
-    from negative_results.triton_fp8_dot.kernel import fp8_linear
+    from .kernel import fp8_linear
 
     return fp8_linear(x, weight)
 

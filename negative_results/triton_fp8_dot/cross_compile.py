@@ -4,7 +4,8 @@ raises to fp16, and which the folder's `needs` keeps from ever being launched.""
 from __future__ import annotations
 
 from kernels.cross_compile import TARGETS, CompileCase, Expected
-from negative_results.triton_fp8_dot import kernel
+
+from . import kernel
 
 WITH_E4M3 = tuple(target for target in TARGETS if target != "sm_80")
 

@@ -31,7 +31,7 @@ def eligible(run: Run) -> str | None:
 
 def apply(run: Run) -> None:
     """Replaces them. Parameters stay the same objects."""
-    from negative_results.triton_fp8_dot.kernel import Fp8Linear
+    from .kernel import Fp8Linear
 
     for name in projections(run.model):
         parent, _, attribute = name.rpartition(".")
