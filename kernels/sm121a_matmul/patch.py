@@ -43,7 +43,7 @@ def eligible(run: Run, engine: Engine = ENGINE) -> str | None:
     if not plain_linears(run.model):
         return f"{type(run.model).__name__} has no plain nn.Linear without a bias"
     if not wins(run, engine):
-        where, command = f"{table.device_key(run.device)}, {_rows(run)} rows", f"python -m kernels.{engine.name}.tune"
+        where, command = f"{table.device_key(run.device)}, {_rows(run)} rows", table.tuner(engine.table)
         return f"no shape of this model has a measured win on this device ({where}); `{command}` measures"
     return None
 

@@ -22,7 +22,7 @@ from loop.files import write_text
 from .tile import Tile
 
 PRODUCTS = ("y", "dx", "dw")  # x W^T, dy W and dy^T x: what memory holds transposed is B, nothing, and A
-HEADING = "# Measured by `python -m kernels.{name}.tune`, which alone writes here; what is not in it goes to cuBLAS.\n"
+HEADING = "# Measured by `{command}`, which alone writes here; what is not in it goes to cuBLAS.\n"
 
 Tiles = Mapping[tuple[str, int], Tile]  # one layer's: product and bucket of rows -> the tile that won
 
@@ -53,6 +53,11 @@ class Entry:
     @property
     def key(self) -> tuple[str, str, str, int, int, int]:
         return self.device, self.dtype, self.product, self.rows, self.out_features, self.in_features
+
+
+def tuner(path: Path) -> str:
+    """The command that writes the table at `path`, which lies in its kernel's folder."""
+    return f"python -m {path.parent.parent.name}.{path.parent.name}.tune"
 
 
 def bucket(rows: int) -> int:
@@ -103,7 +108,7 @@ def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
 
 def save(path: Path, entries: Iterable[Entry]) -> None:
     """Replaces the table, whole or not at all."""
-    blocks = [HEADING.format(name=path.parent.name)]
+    blocks = [HEADING.format(command=tuner(path))]
     for entry in entries:
         values = dataclasses.asdict(entry) | {"tile": [*map(int, entry.tile)]}
         blocks.append("\n[[entry]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))

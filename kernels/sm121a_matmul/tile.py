@@ -10,7 +10,7 @@ GROUP_M = 8  # rows of blocks that programs finish before they go on: what they 
 class Tile(NamedTuple):
     """The block of C that a program computes, BM x BN, in steps of BK along the sum; warps a program, stages of loads.
 
-    specialised: loads and products are issued by warps of their own, where the target has that (`kernels/tma_matmul` alone).
+    specialised: loads and products are issued by warps of their own, where the target has that (`tma_matmul` alone).
     """
 
     BM: int

@@ -1,7 +1,7 @@
 """`python -m kernels.sm121a_matmul.tune`: measures every tile beside cuBLAS on a model's products, and writes the table.
 
 The tiles take turns with cuBLAS, with a cold L2. The one with the best median is then measured again, in pairs with cuBLAS:
-of many tiles the luckiest looks faster than it is. `python -m kernels.tma_matmul.tune` does it for that folder's tiles.
+of many tiles the luckiest looks faster than it is. `python -m negative_results.tma_matmul.tune` does it for its tiles.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ class Problem:
 
 def main(argv: list[str] | None = None, engine: Engine = ENGINE) -> int:
     """Prints a line a product and writes the engine's table. Raises UserError for what the user must put right."""
-    name = f"python -m kernels.{engine.name}.tune"
-    command = parse(Command(), name, "Measures matmul tiles beside cuBLAS and writes the table of winners.", argv)
+    command = parse(
+        Command(), table.tuner(engine.table), "Measures matmul tiles beside cuBLAS and writes the table of winners.", argv
+    )
     if command.tokens < 1 or command.pairs < 2:
         raise UserError(f"--tokens {command.tokens} --pairs {command.pairs}: at least 1 and 2 are needed")
     if not torch.cuda.is_available():

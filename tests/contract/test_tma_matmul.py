@@ -19,14 +19,14 @@ from kernels.sm121a_matmul import table
 from kernels.sm121a_matmul.dispatch import DispatchedLinear, linear
 from kernels.sm121a_matmul.patch import plain_linears
 from kernels.sm121a_matmul.table import Entry, device_key
-from kernels.tma_matmul import OPTIMIZATION, kernel, patch
-from kernels.tma_matmul.kernel import PROGRAMS_INTERPRETED, matmul
-from kernels.tma_matmul.patch import ENGINE, apply, eligible
-from kernels.tma_matmul.tile import TILES, takes
 from loop import lora
 from loop.config import Config, DataConfig, LoraConfig
 from loop.errors import UserError
 from loop.model import load_model
+from negative_results.tma_matmul import OPTIMIZATION, kernel, patch
+from negative_results.tma_matmul.kernel import PROGRAMS_INTERPRETED, matmul
+from negative_results.tma_matmul.patch import ENGINE, apply, eligible
+from negative_results.tma_matmul.tile import TILES, takes
 
 VOCABULARY = 128
 
@@ -172,7 +172,8 @@ def test_the_swap_keeps_the_parameters_and_the_function(method, tmp_path, monkey
     run = SimpleNamespace(model=load_model(config, VOCABULARY), device=DEVICE, config=config)
     if method == "lora":
         lora.attach(run.model, LoraConfig(rank=4), seed=0)
-    assert "no shape of this model has a measured win" in eligible(run) and "kernels.tma_matmul.tune" in eligible(run)
+    reason = eligible(run)
+    assert "no shape of this model has a measured win" in reason and "negative_results.tma_matmul.tune" in reason
     won = Entry(
         device_key(DEVICE), "float32", "y", 64, 384, 128, TILES[-1], True, 1.2, 1.1, 1.3, 48, "torch 2.11, Triton 3.7.1"
     )

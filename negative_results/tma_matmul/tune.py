@@ -1,4 +1,4 @@
-"""`python -m kernels.tma_matmul.tune`: as `python -m kernels.sm121a_matmul.tune`, for this folder's tiles and table."""
+"""`python -m negative_results.tma_matmul.tune`: that of `sm121a_matmul` for this folder's tiles."""
 
 from __future__ import annotations
 
