@@ -5,13 +5,15 @@ Non-finite numbers are written as strings ("nan", "inf"), since JSON has none, a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from abtest.verdict import PARTS, Check, Level, Verdict
 from loop.errors import UserError
@@ -47,21 +49,37 @@ def plain(value: Any) -> Any:
 
 
 def append(path: Path, line: str) -> None:
-    """Adds one line in a single write and flushes it to disk, so a crash loses at most the line in flight."""
+    """Adds one line in a single write and flushes it to disk, so a crash loses at most the line in flight. Commands that
+    append to the same file at the same time wait for each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line += "\n"
-    if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
-        line = "\n" + line  # a torn last line stays one bad line and does not swallow this one
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+    data = line.encode("utf-8") + b"\n"
+    with path.open("ab") as file:
+        _lock(file, fcntl.LOCK_EX)  # until it is closed
+        before = path.read_bytes()
+        if before and not before.endswith(b"\n"):
+            data = b"\n" + data  # a torn last line stays one bad line and does not swallow this one
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _lock(file: BinaryIO, kind: int) -> None:
+    """Waits for the lock. On a file system without locks there is none; a single write is one line there, too."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, kind)
+
+
+def _whole(path: Path) -> bytes:
+    """The file, without half of a line that somebody is appending."""
+    with path.open("rb") as file:
+        _lock(file, fcntl.LOCK_SH)
+        return file.read()
 
 
 def read(path: Path, parse: Callable[[str], T]) -> list[T]:
     """Every line of a file through `parse`, in order. Raises UserError naming file and line for one that is not valid."""
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines would also split inside strings
+    for number, line in enumerate(_whole(path).split(b"\n"), 1):  # str.splitlines would also split inside strings
         if not line.strip():
             continue
         try:

@@ -24,8 +24,9 @@ from abtest.experiment import Candidate
 from abtest.in_process import InProcessExperiment
 from abtest.progress import GateProgress
 from abtest.verdict import PARTS, Check, Level, Verdict
-from bench import records, report, run
+from bench import measure, records, report, run
 from bench.ceilings import Ceilings
+from bench.ledger import Ledger
 from bench.plan import ArmPlan, plan_arms
 from bench.report.shipping import decide
 from kernels.contract import Exactness
@@ -81,7 +82,7 @@ def test_it_ends_well_with_one_json_line_on_stdout(done):
     (line,) = process.stdout.splitlines()
     summary = json.loads(line)
     arms = {arm["arm"]: arm for arm in summary["arms"]}
-    assert list(arms) == ARMS
+    assert list(arms) == ARMS and summary["left"] == []
     assert [arm["level"] for arm in arms.values()] == ["BITWISE", "BITWISE", "BITWISE", "ROUNDING"]
     assert all(arm["reason"] for arm in arms.values())
 
@@ -106,7 +107,8 @@ def test_records_hold_the_run(done):
     for record in kept:
         assert len(record.losses) == len(record.reference_losses) == len(record.noise_sigma) == 3
         assert record.recipe["gate"]["steps"] == 3 and record.recipe["dtype"] == "float32"
-        assert "reports" not in record.recipe and "oracle_cache" not in record.recipe["gate"]
+        assert not {"reports", "arms", "run", "minutes"} & set(record.recipe) and "oracle_cache" not in record.recipe["gate"]
+        assert record.environment["shared_by_mps"] is False
         assert str(reports.parent) not in json.dumps([record.data, record.recipe])
         assert record.data["pack_length"] == 64 and record.environment["matmul_flops_per_s"] > 0
         assert record.environment["device_slug"] == records_file(reports).parent.name
@@ -176,7 +178,9 @@ def test_ctrl_c_ends_it_cleanly_and_a_second_run_appends(running):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert out == "" and [line for line in err.splitlines() if not line.startswith("[")] == ["interrupted"]
+    *_, newest = records.read(records_file(reports))
+    hint = f"what was measured is kept; the same command with --run {newest.run_id} goes on"
+    assert out == "" and [line for line in err.splitlines() if not line.startswith("[")] == [hint, "interrupted"]
     deadline = time.monotonic() + 10
     while workers_of(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -198,6 +202,8 @@ MISTAKES = {
     "repeats": (["--gate.repeats", "1"], "gate.repeats is 1; it must be at least 2"),
     "probes": (["--gate.probes", "2"], "gate.probes is 2; it must be at least 3"),
     "blocks": (["--timing.blocks", "1"], "timing.blocks is 1"),
+    "a run that is no name": (["--run", "../x"], "--run ../x: letters, digits"),
+    "no time": (["--minutes", "0"], "--minutes is 0.0; it must be above 0"),
     "an output folder": (["--output", "runs/x"], "--output and --resume are for python -m loop.train"),
     "unknown flag": (["--no-such-flag"], "no-such-flag"),
     "unknown recipe": (["--recipe", "absent.toml"], "absent.toml: no such file"),
@@ -242,7 +248,7 @@ def plan(name: str) -> ArmPlan:
 
 
 @pytest.fixture
-def bench(tmp_path) -> run.Bench:
+def bench(tmp_path) -> measure.Bench:
     """A run whose experiment has a reference and no processes; its arms are candidates that passed."""
     evidence = Evidence({"data": {}, "paths": {}}, {"loss": [2.0, 1.0]})
     verdict = Verdict(Level.ROUNDING, "close", (Check("scale error", 0.001, 0.003, True, "q", 2, "step 0"),))
@@ -253,7 +259,7 @@ def bench(tmp_path) -> run.Bench:
     )
     facts = {"run_id": "r", "environment": {"device_slug": "box"}, "recipe": {}, "data": {}, "command": "c"}
     command = run.Command(reports=tmp_path, micro=False)
-    return run.Bench(command, GateProgress(10), experiment, Ceilings(1.0, 1.0, 1, 1, "float32"), facts)
+    return measure.Bench(command, GateProgress(10), experiment, Ceilings(1.0, 1.0, 1, 1, "float32"), facts)
 
 
 def ends(*given, **named):
@@ -273,7 +279,7 @@ def test_an_arm_whose_process_ends_is_a_failed_record_and_the_run_goes_on(bench)
 
 
 def test_an_arm_that_ends_while_it_is_timed_keeps_its_verdict(bench, monkeypatch):
-    monkeypatch.setattr(run, "time_arms", ends)
+    monkeypatch.setattr(measure, "time_arms", ends)
     bench.arm(plan("fast"))
     (record,) = records.read(records_file(bench.command.reports))
     assert record.verdict.level is Level.ROUNDING and record.perf is None
@@ -298,8 +304,10 @@ def test_an_arm_with_a_recipe_is_compared_with_stock_of_it_and_does_not_ship(ben
     bench.own_experiment = lambda plan: contextlib.nullcontext(own)
     perf = records.Perf(9.0, 8.0, 4.0, 1.0, 1.0, 1.0, 1.0, 2, 2**30)
     timed = dataclasses.replace(perf, ratio=3.0, ratio_low=2.9, ratio_high=3.1)
-    monkeypatch.setattr(run, "time_equals", lambda stock, arm, *rest: (perf, timed))
-    monkeypatch.setattr(run, "time_arms", lambda *rest: dataclasses.replace(timed, ratio=2.0, ratio_low=1.9, ratio_high=2.1))
+    monkeypatch.setattr(measure, "time_equals", lambda stock, arm, *rest: (perf, timed))
+    monkeypatch.setattr(
+        measure, "time_arms", lambda *rest: dataclasses.replace(timed, ratio=2.0, ratio_low=1.9, ratio_high=2.1)
+    )
     packing, silu = plan_arms(("packing", "silu_mul"), bench.config, torch.device("cpu"))
     silu = dataclasses.replace(silu, untimed=None)
     assert packing.own_stock and not silu.own_stock and silu.config == bench.config
@@ -317,7 +325,7 @@ def test_an_arm_with_a_recipe_is_compared_with_stock_of_it_and_does_not_ship(ben
     assert plain.recipe == stock.recipe and plain.reference_losses == (2.0, 1.0) and not plain.notes
     shipping = decide([stock, packed, plain])
     assert shipping.enable == ("silu_mul",) and "stock of another recipe" in shipping.not_enabled["packing"]
-    assert bench.passed([packing, silu]) == ["silu_mul"]
+    assert Ledger(bench.path, "r", stock.recipe).passed() == ["silu_mul"]
 
 
 def test_an_arm_whose_own_stock_cannot_run_is_invalid(bench):
