@@ -45,8 +45,9 @@ COLUMNS = """\
 - Launches saved: device kernels a micro-step, of as many as the reference launches."""
 
 
-def setting_page(device: Device, setting: Setting, shipping: Shipping, plotted: bool) -> str:
-    """Markdown of a setting's README.md, which is the device's where it has no other setting."""
+def setting_page(device: Device, setting: Setting, shipping: Shipping, plotted: bool, floor: bool = False) -> str:
+    """Markdown of a setting's README.md, which is the device's where it has no other setting. floor: whether it has a
+    roofline page."""
     stock = setting.reference or setting.newest  # an arm may have had a recipe of its own
     several = len(device.settings) > 1
     dirty = any(record.environment.get("git_dirty") for record in setting.run)
@@ -63,6 +64,9 @@ def setting_page(device: Device, setting: Setting, shipping: Shipping, plotted: 
         _others(setting),
         "## Throughput and memory",
         _throughput(setting),
+        "[The floor of a step](roofline.md): what the hardware allows, part by part, and what that predicts."
+        if floor
+        else "",
         "## The run\n\n" + _counts(setting),
         "```sh\n" + "\n".join(shell(command) for command in setting.commands) + "\n```",
         facts({key: value for key, value in stock.recipe.items() if value is not None}),

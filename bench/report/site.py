@@ -11,6 +11,7 @@ from bench.records import Record
 from bench.report import cross_compile, index, overview, pages, plots, shipping
 from bench.report.devices import Device, Setting, load
 from bench.report.text import page_name, prose
+from bench.roofline import device_page as roofline_page
 from loop.errors import UserError
 
 PATTERNS = ("*.md", "*/*.md", "*/*.png", "*/*/*.md", "*/*/*.png", "*/shipping.toml", *site.PATTERNS)
@@ -55,9 +56,13 @@ def files(data_dir: Path) -> dict[Path, bytes]:
 
 def _setting_files(device: Device, setting: Setting, decision: shipping.Shipping) -> Iterator[tuple[str, bytes]]:
     timed = any(record.perf and record.role != "reference" for record in setting.current)
-    yield "README.md", overview.setting_page(device, setting, decision, timed).encode("utf-8", "replace")
+    roofline = roofline_page(setting.current)
+    start = overview.setting_page(device, setting, decision, timed, floor=roofline is not None)
+    yield "README.md", start.encode("utf-8", "replace")
     if timed:
         yield "overview.png", plots.ratio_plot(setting.current, decision.basis, device.name)
+    if roofline is not None:
+        yield "roofline.md", roofline.encode("utf-8", "replace")
     for record in (*setting.current, *setting.earlier):
         name, older = page_name(record.arm), setting.older.get(record.arm, 0)
         reason = decision.reasons.get(record.arm)
