@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ def test_the_folder_has_the_files_that_its_kind_needs(name):
     wanted = {"__init__.py", "patch.py"} | ({"reference.py", "kernel.py"} if optimization.op is not None else set())
     assert wanted <= files
     assert optimization.source and optimization.why_exact and optimization.summary
+
+
+@pytest.mark.parametrize("name", OPTIMIZATIONS)
+def test_the_folder_can_move_without_an_edit(name):
+    own = re.compile(rf"^\s*(from|import) (kernels|negative_results)\.{name}\b", re.MULTILINE)
+    assert [path.name for path in folder_of(name).glob("*.py") if own.search(path.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize("name", [name for name, optimization in OPTIMIZATIONS.items() if optimization.op is not None])
