@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 import time
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -111,10 +112,22 @@ def test_what_failed_first_is_raised(experiment):
     assert experiment._together(lambda: 1, lambda: 2) == [1, 2]
 
 
-def test_kicked_references_are_shared_out_among_lanes(experiment):
-    experiment._free_run = lambda arm, phase, **options: {"loss": [float(options["kick_seed"])]}
-    assert experiment.lanes == 2
+def test_kicked_references_are_shared_out_among_lanes(experiment, monkeypatch):
+    """Each lane's arm has work at the same time, and the losses come in the order of the seeds all the same."""
+    both, arms = threading.Barrier(2, timeout=60), []
+
+    def run(arm, phase, kick_seed):
+        both.wait()
+        return {"loss": [float(kick_seed)]}
+
+    def started(spec):
+        arms.append(spec.name)
+        return MagicMock()
+
+    monkeypatch.setattr(experiment, "_arm", started)
+    monkeypatch.setattr(experiment, "_free_run", run)
     assert experiment._replicas_with(()) == [[0.0], [1.0]]
+    assert sorted(arms) == ["replicas 1", "replicas 2"]
 
 
 def test_replicas_that_do_not_fit_without_recomputation_run_with_it(experiment, monkeypatch):
