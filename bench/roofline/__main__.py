@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.ceilings import Ceilings
 from bench.report.devices import Device, load
+from bench.report.devices import Setting as Measured
 from bench.roofline.page import ceilings_of, page
 from bench.roofline.setting import Setting, setting_of
 from loop.cli import guarded, parse
@@ -18,7 +19,7 @@ ABOUT = "Bytes, FLOPs, launches and least time of every part of a training step.
 
 @dataclass(frozen=True)
 class Command(Setting):
-    """Flags of `python -m bench.roofline`. Of a device with records, what is not given is as in its newest run."""
+    """Flags of `python -m bench.roofline`. What is not given is as in the device's newest run of that setting."""
 
     device_slug: str | None = None  # a device with records: its ceilings, its efficiencies, and a check against its times
     copy_tb_s: float | None = None  # copy bandwidth, TB/s read plus written, instead of a device
@@ -35,15 +36,23 @@ def main(argv: list[str] | None = None) -> int:
     if command.copy_tb_s is not None or command.matmul_tflops is not None:
         raise UserError("--device-slug has its rates in its records; leave --copy-tb-s and --matmul-tflops out")
     device = _device(command)
-    ceilings = None if device.reference is None else ceilings_of(device.reference)
+    measured = _measured(device, command)
+    ceilings = None if measured.reference is None else ceilings_of(measured.reference)
     if ceilings is None:
         raise UserError(f"--device-slug {device.slug}: its newest run has no reference with measured rates")
-    recorded = setting_of(device.reference)
+    recorded = setting_of(measured.reference)
     if recorded is not None:
         command = parse(dataclasses.replace(command, **vars(recorded)), "python -m bench.roofline", ABOUT, argv)
     setting = _setting(command)
-    print(page(setting, ceilings, device.name, device.current), end="")
+    print(page(setting, ceilings, device.name, measured.current), end="")
     return 0
+
+
+def _measured(device: Device, command: Command) -> Measured:
+    """What was measured of the model and method at hand, else the first setting, whose rates are the device's as well."""
+    wanted = (command.model, command.method)
+    fitting = [measured for measured in device.settings if (measured.trained.model, measured.trained.method) == wanted]
+    return (fitting or list(device.settings))[0]
 
 
 def _setting(command: Command) -> Setting:
