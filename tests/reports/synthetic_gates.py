@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import synthetic_records as synthetic
-from markdown_it import MarkdownIt
+from rendered import tables
 
 from abtest.report import GateRecord, append_gate, render, write_sensitivity
 from abtest.verdict import Check, Level, Verdict
@@ -133,19 +133,6 @@ def measured(reports: Path, lines=None, sweep=None, **changes) -> Path:
         sweep_of_places() if sweep is None else sweep,
     )  # fmt: skip
     return reports / "data"
-
-
-def tables(markdown: str) -> list[list[list[str]]]:
-    """Every table as rows of plain cell texts, as a GitHub-like renderer sees it."""
-    found: list[list[list[str]]] = []
-    for token in MarkdownIt("commonmark").enable("table").parse(markdown):
-        if token.type == "table_open":
-            found.append([])
-        elif token.type == "tr_open":
-            found[-1].append([])
-        elif token.type == "inline" and found and token.level >= 4:
-            found[-1][-1].append("".join(child.content for child in token.children or ()))
-    return found
 
 
 def table(markdown: str, first: str) -> list[list[str]]:

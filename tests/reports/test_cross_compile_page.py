@@ -10,6 +10,7 @@ import pytest
 import synthetic_gates as gates
 import synthetic_records as synthetic
 from markdown_it import MarkdownIt
+from rendered import tables
 
 from bench import records as device_records
 from bench.cross_compile import records
@@ -68,7 +69,7 @@ def test_the_page_shows_each_kernel_and_target(tmp_path):
     )
     text = rendered(tmp_path, PASSED, variant(target="sm_80", compiled_for="sm_80"), skipped)
     assert "> **2 of 3 compile to what their folders expect.**\n>\n> 1 were not compiled here." in text
-    overview, details = gates.tables(text)
+    overview, details = tables(text)
     assert overview[1] == ["matmul", "2", "2", "2", "2 of 3", "40", "98,304 B"]
     cells = ["40 (64)", "0 (0)", "98,304 (101,376)", "5 of 6", "mma.sync 32 (at least 1)", "as expected"]
     assert details[1][3:] == ["–"] * 5 + ["not compiled: nvcc is not installed here"]
@@ -85,7 +86,7 @@ def test_names_and_words_that_need_escapes(tmp_path):
     )  # fmt: skip
     text = rendered(tmp_path, odd, variant(optimization=WEIRD, measured=None, error=WEIRD))
     assert "<script>" not in MarkdownIt("commonmark").enable("table").render(text)
-    for rows in gates.tables(text):
+    for rows in tables(text):
         assert {len(row) for row in rows} == {len(rows[0])}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import synthetic_gates as gates
 import synthetic_records as synthetic
+from rendered import tables
 
 from abtest.report import append_gate, render
 from abtest.report.page import file_name, gate_page
@@ -27,7 +28,7 @@ def test_a_page_shows_every_check_beside_its_limit(full):
     page = (full / PAGE).read_text(encoding="utf-8")
     overview = gates.table(page, "closest to its limit")
     assert next(row for row in overview if row[0] == "2 gradient oracle")[2:] == [gates.RHO + ", step 0", "1.21", "1.5"]
-    shown = [row for rows in gates.tables(page) if rows[0][0] == "check" and "weights" in rows[0] for row in rows[1:]]
+    shown = [row for rows in tables(page) if rows[0][0] == "check" and "weights" in rows[0] for row in rows[1:]]
     assert [row[0] for row in shown] == [check.name for check in gates.CHECKS]
     assert shown[3] == [gates.RHO, "1.21", "1.5", "pass", "step 0", "model.layers.3.mlp.down_proj.weight"]
     assert [line for line in page.split("\n") if line.startswith("### ")] == [
@@ -39,7 +40,7 @@ def test_a_page_shows_every_check_beside_its_limit(full):
 def test_a_failed_gate_says_what_failed(full):
     page = (full / PAGE.with_name("broken.qwen3.5-tiny.lora.md")).read_text(encoding="utf-8")
     assert "> **FAILED** (not lossless): 31.7 sigma" in page and f"1 of 7 checks failed: {gates.LOSS}" in page
-    assert [gates.LOSS, "31.7", "6", "FAIL", "–", "step 3"] in [row for rows in gates.tables(page) for row in rows]
+    assert [gates.LOSS, "31.7", "6", "FAIL", "–", "step 3"] in [row for rows in tables(page) for row in rows]
     assert "| 4 free-running loss | **0 of 1** |" in page
     assert "No trace was made." in page and "None was made" in page
 

@@ -15,6 +15,7 @@ import synthetic_gates as gates
 import synthetic_records as synthetic
 from markdown_it import MarkdownIt
 from PIL import Image
+from rendered import tables
 
 from abtest.report import append_gate, files, render, write_sensitivity
 from abtest.report import records as gate_records
@@ -105,13 +106,13 @@ def test_names_and_words_that_need_escapes(tmp_path):
     assert len(pages) == 2
     for path in pages:
         markdown = path.read_text(encoding="utf-8")
-        for rows in gates.tables(markdown):
+        for rows in tables(markdown):
             assert {len(row) for row in rows} == {len(rows[0])}
         assert "<script>" not in MarkdownIt("commonmark").enable("table").render(markdown)
     readme = (tmp_path / "gate" / "README.md").read_text(encoding="utf-8")
     assert gates.table(readme, "modelled on")[1][:3] == [plain, plain, plain]
     page = next(path for path in pages if path.parent.name == SLUG).read_text(encoding="utf-8")
-    assert [plain, "nan", "–", "FAIL", plain, plain] in [row for rows in gates.tables(page) for row in rows]
+    assert [plain, "nan", "–", "FAIL", plain, plain] in [row for rows in tables(page) for row in rows]
 
 
 def test_no_data_is_nothing_rendered(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import synthetic_records as synthetic
-from markdown_it import MarkdownIt
+from rendered import tables
 
 from bench import records
 from bench.report import render
@@ -32,14 +32,8 @@ UNTIMED = COMMON | {
 
 
 def cells(markdown: str) -> list[list[str]]:
-    """The rows of the section's one table, as plain text."""
-    rows: list[list[str]] = []
-    for token in MarkdownIt("commonmark").enable("table").parse(markdown):
-        if token.type == "tr_open":
-            rows.append([])
-        elif token.type == "inline" and rows and token.level >= 4:
-            rows[-1].append("".join(child.content for child in token.children or ()))
-    return rows
+    """The rows of the section's table, if it has one, as plain text."""
+    return [row for table in tables(markdown) for row in table]
 
 
 def test_what_was_timed_shows_times_ratio_and_ceiling():

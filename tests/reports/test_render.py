@@ -16,6 +16,7 @@ import pytest
 import synthetic_records as synthetic
 from markdown_it import MarkdownIt
 from PIL import Image
+from rendered import tables
 
 from abtest.verdict import Check, Level, Verdict
 from bench import records
@@ -32,19 +33,6 @@ def write(reports: Path, found: list[records.Record], slug: str = SLUG, name: st
     for record in found:
         records.append(reports / "data" / slug / name, record)
     return reports / "data"
-
-
-def tables(markdown: str) -> list[list[list[str]]]:
-    """Every table as rows of plain cell texts, as a GitHub-like renderer sees it."""
-    found: list[list[list[str]]] = []
-    for token in MarkdownIt("commonmark").enable("table").parse(markdown):
-        if token.type == "table_open":
-            found.append([])
-        elif token.type == "tr_open":
-            found[-1].append([])
-        elif token.type == "inline" and found and token.level >= 4:
-            found[-1][-1].append("".join(child.content for child in token.children or ()))
-    return found
 
 
 @pytest.fixture(scope="module")

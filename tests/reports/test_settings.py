@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import synthetic_records as synthetic
 from markdown_it import MarkdownIt
+from rendered import tables
 
 from abtest.verdict import Level
 from bench import records
@@ -69,18 +70,6 @@ def three_settings() -> list[Record]:
         stock(4, **full), arm(5, "full_ft_linear", 1.4, **full), arm(6, "silu_mul", 1.1, **full),
         stock(7, **tiny), arm(8, "silu_mul", 0.7, **tiny),
     ]  # fmt: skip
-
-
-def tables(markdown: str) -> list[list[list[str]]]:
-    found: list[list[list[str]]] = []
-    for token in MarkdownIt("commonmark").enable("table").parse(markdown):
-        if token.type == "table_open":
-            found.append([])
-        elif token.type == "tr_open":
-            found[-1].append([])
-        elif token.type == "inline" and found and token.level >= 4:
-            found[-1][-1].append("".join(child.content for child in token.children or ()))
-    return found
 
 
 @pytest.fixture(scope="module")
