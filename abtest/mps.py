@@ -20,6 +20,8 @@ CONTROL = "nvidia-cuda-mps-control"
 PIPE, LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 30  # for the service to answer
+# What an arm keeps in pieces that it can't use, the others on its GPU can't have.
+MEMORY = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 @contextmanager
@@ -40,6 +42,11 @@ def shared_gpu(wanted: bool) -> Iterator[dict[str, str]]:
             yield variables if _ask(everything, CONTROL, "-d") and _usable(environment) else {}
         finally:
             _ask(environment, CONTROL, text="quit -t 5\n")
+
+
+def environment_of_arms(variables: dict[str, str]) -> dict[str, str]:
+    """That of processes which share a GPU: the user's own, and what `shared_gpu` gave. The user's settings win over ours."""
+    return MEMORY | dict(os.environ) | variables
 
 
 def joined(variables: dict[str, str]) -> bool:

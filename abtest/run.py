@@ -27,7 +27,7 @@ from abtest.census import changes
 from abtest.command import check_gate, default_for, gate_config, planned_units
 from abtest.environment import describe
 from abtest.experiment import Candidate, Experiment
-from abtest.mps import joined, shared_gpu
+from abtest.mps import environment_of_arms, joined, shared_gpu
 from abtest.opcheck import SEEDS, check_op, workloads_for
 from abtest.progress import GateProgress
 from abtest.report import append_gate, render
@@ -43,8 +43,6 @@ from loop.model import resolve_device
 from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of the arms, which share one GPU: what one of them keeps in pieces that it can't use the others can't have.
-MEMORY = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 SHORTEST_CALL = 0.5  # seconds; what took less is not listed
 
 
@@ -139,7 +137,7 @@ def _gate(
         claim = max(claim, Exactness.ROUNDING, key=registry.ORDER.index)
     names = (*command.optimization, *([command.plant] if command.plant else []))
     spec = ArmSpec(" + ".join(names), config, tuple(command.optimization), command.plant)
-    with Experiment(config, command.gate, scratch, MEMORY | os.environ | variables, progress) as experiment:
+    with Experiment(config, command.gate, scratch, environment_of_arms(variables), progress) as experiment:
         try:
             experiment.prepare(spec, timed=False)
         except ArmFailed as error:

@@ -22,9 +22,8 @@ import torch
 from abtest.command import gate_config
 from abtest.environment import describe
 from abtest.experiment import Experiment
-from abtest.mps import joined, shared_gpu
+from abtest.mps import environment_of_arms, joined, shared_gpu
 from abtest.progress import GateProgress
-from abtest.run import MEMORY
 from bench.budget import Budget
 from bench.ceilings import measure_ceilings
 from bench.claims import Claims, alone_in
@@ -104,13 +103,13 @@ def _measure(
     with (
         tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
         shared_gpu(device.type == "cuda" and command.gate.parallel > 1) as variables,
-        Experiment(config, command.gate, Path(scratch), MEMORY | os.environ | variables, progress) as experiment,
+        Experiment(config, command.gate, Path(scratch), environment_of_arms(variables), progress) as experiment,
     ):
 
         def own_experiment(plan: ArmPlan) -> Experiment:
             folder = Path(scratch) / plan.name
             folder.mkdir()
-            return Experiment(plan.config, command.gate, folder, MEMORY | os.environ | variables, progress)
+            return Experiment(plan.config, command.gate, folder, environment_of_arms(variables), progress)
 
         environment = environment | {"shared_by_mps": joined(variables)}
         facts = facts_of(ledger.run_id, ledger.recipe, environment, ceilings)
