@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from abtest import dropout, tripwire
@@ -13,6 +14,7 @@ from abtest.autotune import chosen
 from abtest.census import work
 from abtest.gradients import Distances
 from abtest.limits import UPDATE
+from abtest.op_level import op_reports
 from abtest.oracle import exact_arithmetic
 from abtest.probes import Probe, supervised
 from abtest.structure import examine, gradients
@@ -78,6 +80,10 @@ class Examiner:
         answer = work(lambda: _accumulate(self.run, probe), cuda)
         self.run.optimizer.zero_grad()
         return answer
+
+    def op_checks(self, optimizations: list[str], device: str) -> dict:
+        """The op level of `optimizations`; asks nothing of the run, and needs none."""
+        return {"rows": op_reports(registry.select(optimizations), torch.device(device))}
 
     def autotuned(self) -> dict:
         """What the autotuners of this arm's optimizations chose so far, by kernel: on the run's shapes, once it trained."""

@@ -6,9 +6,9 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from abtest.arm import Arm, ArmFailed, ArmSpec
 from abtest.census import changes
 from abtest.evidence import Evidence, noise_floor
 from abtest.gradients import Comparison, compare
+from abtest.mps import with_share
 from abtest.settings import GateConfig, OnProgress
 from abtest.tripwire import read_distances, read_tripwire
 from abtest.truths import Truths
@@ -28,6 +29,8 @@ from loop.config import Config
 
 RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm
 TRIPWIRE_PROBES = 3
+# Per cent of the GPU for the oracle, whose fp32 products would otherwise be in the way of each of the others' small kernels.
+ORACLE_SHARE = 60
 STRUCTURE_PROBES = (0, 1, 2)  # a real pack, a tricky one, two rows
 # Replicas recompute nothing where memory allows it: their losses are the reference's, and they take a third less time.
 UNCHECKPOINTED = "keep_activations"
@@ -102,6 +105,10 @@ class Experiment:
     def _arm(self, spec: ArmSpec) -> Arm:
         """An arm's process, and one more for the arm after it: importing takes as long as gating a small model."""
         with self.starting:
+            if spec.exact:  # its share of the GPU is settled when its process starts
+                arm = Arm(spec, self.folder, with_share(self.environment, ORACLE_SHARE))
+                arm.seconds = self.calls
+                return arm
             arm = self.spare or Arm(spec, self.folder, self.environment)
             self.spare = Arm(ArmSpec(f"after {spec.name}", self.config), self.folder, self.environment)
         arm.spec, arm.seconds = spec, self.calls
@@ -139,22 +146,36 @@ class Experiment:
         tasks = [
             lambda: self._reference_evidence(build),
             self._exact,
-            lambda: self._repeat_and_replicas(again, timed, roomy=not beside and self.lanes == 1),
+            lambda: self._repeat(again, timed, roomy=not beside and self.lanes == 1),
         ]
         if beside:
             tasks.append(lambda: self._collect_early(first))
-        self.reference, _, self.replicas, *_ = self._together(*tasks)
+        reference, _, gradients, *_ = self._together(*tasks)
+        self.reference = dataclasses.replace(reference, gradients=gradients)
         self.sigma = noise_floor(self.reference.losses, self.replicas)
         self.seconds["prepare"] = time.monotonic() - began
 
-    def _repeat_and_replicas(self, again: dict, timed: bool, roomy: bool) -> list[list[float]]:
-        """The reference once more, and then the kicked ones."""
+    def _repeat(self, build: dict, timed: bool, roomy: bool) -> dict[str, dict]:
+        """The reference's second process: the run once more, kicked references, and the reference's gradients. Those take as
+        long as all else that the reference is asked for, and its two processes have the same bits or nothing is compared."""
         # Not resynced: the repeat must come to the same weights by itself.
-        self.repeat = Evidence(again, self._free_run(self.repeat_arm, resync={}))
+        self.repeat = Evidence(build, self._free_run(self.repeat_arm, resync={}))
+        self.trained.wait()
+        self.replicas = self._replicas(roomy)
+        gradients = {state: self._reference_gradients(state) for state in self.states}
         if not timed:
             self.end_repeat()
-        self.trained.wait()
-        return self._replicas(roomy)
+        return gradients
+
+    def _reference_gradients(self, state: str) -> dict:
+        """The reference's gradients, and how far its packed path and the chunked rule are from the oracle at this state."""
+        answer, notes = self._gradients(self.repeat_arm, state), self.truths.notes[state]
+        error, where = notes["packing_error"]
+        return answer | {
+            "packing_error": error,
+            "packing_error_name": where,
+            "recurrence_error": notes.get("recurrence_error"),
+        }
 
     def _exact(self) -> None:
         """The oracle's states as they come, and its trace; then it makes room."""
@@ -208,14 +229,26 @@ class Experiment:
     def _lane(self, lane: int, optimizations: tuple[str, ...], waiting: queue.SimpleQueue) -> dict[int, list[float]]:
         """The losses of kicked references by seed, one after another as long as any waits."""
         done: dict[int, list[float]] = {}
-        with self._arm(ArmSpec(f"replicas {lane + 1}", self.config, optimizations)) as arm:
-            arm.build()
+        with self._kicked(lane, optimizations) as arm:
             while True:
                 try:
                     seed = waiting.get_nowait()
                 except queue.Empty:
                     return done
                 done[seed] = self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"]
+
+    @contextmanager
+    def _kicked(self, lane: int, optimizations: tuple[str, ...]) -> Iterator[Arm]:
+        """A process to kick: the repeat's, which is there anyway and is built anew behind it, or one of its own."""
+        if lane == 0 and optimizations == self.base:
+            yield self.repeat_arm
+            before, after = self.repeat.build, self.repeat_arm.build()
+            if (before["weights"], before["frozen"]) != (after["weights"], after["frozen"]):
+                raise ArmFailed("stock, built again, does not begin with the same weights")
+        else:
+            with self._arm(ArmSpec(f"replicas {lane + 1}", self.config, optimizations)) as arm:
+                arm.build()
+                yield arm
 
     # An arm's evidence
 
@@ -231,7 +264,8 @@ class Experiment:
         return self._evidence(self.reference_arm, build, run, candidate=False)
 
     def _evidence(self, arm: Arm, build: dict, run: dict, candidate: bool) -> Evidence:
-        """All but the tripwire. What needs no oracle comes first, while that one is at work."""
+        """All but the tripwire, and but for the reference's gradients, which its repeat is asked for. What needs no oracle
+        comes first, while that one is at work."""
         slow = self.truths.at(self.states[1])
         repeats = self.settings.repeats if candidate else 3
         step = self._step(arm.spec.name, "structure")
@@ -239,16 +273,7 @@ class Experiment:
         work = arm.call("work", **slow, index=1)
         update = arm.call("update", **slow)
         findings += update.pop("findings")
-        gradients = {state: self._gradients(arm, state) for state in self.states}
-        if not candidate:
-            for state, answer in gradients.items():
-                notes = self.truths.notes[state]
-                error, where = notes["packing_error"]
-                answer |= {
-                    "packing_error": error,
-                    "packing_error_name": where,
-                    "recurrence_error": notes.get("recurrence_error"),
-                }
+        gradients = {state: self._gradients(arm, state) for state in self.states} if candidate else {}
         return Evidence(build, run, gradients, findings, update, work, None, arm.call("autotuned"))
 
     def _gradients(self, arm: Arm, state: str) -> dict:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPE, LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 30  # for the service to answer
 # What an arm keeps in pieces that it can't use, the others on its GPU can't have.
@@ -47,6 +48,12 @@ def shared_gpu(wanted: bool) -> Iterator[dict[str, str]]:
 def environment_of_arms(variables: dict[str, str]) -> dict[str, str]:
     """That of processes which share a GPU: the user's own, and what `shared_gpu` gave. The user's settings win over ours."""
     return MEMORY | dict(os.environ) | variables
+
+
+def with_share(environment: dict[str, str], percent: int) -> dict[str, str]:
+    """`environment` of a process that may use at most so many per cent of the GPU's multiprocessors; of all of them where
+    the service is not there. A share that the user has set stays."""
+    return {SHARE: str(percent)} | environment
 
 
 def joined(variables: dict[str, str]) -> bool:

@@ -20,15 +20,13 @@ from typing import Any
 
 import torch
 
-from abtest.arm import ArmFailed, ArmSpec
-from abtest.autotune import check_every_configuration
+from abtest.arm import Arm, ArmFailed, ArmSpec
 from abtest.catalogue import find
 from abtest.census import changes
 from abtest.command import check_gate, default_for, gate_config, planned_units
 from abtest.environment import describe
 from abtest.experiment import Candidate, Experiment
 from abtest.mps import environment_of_arms, joined, shared_gpu
-from abtest.opcheck import SEEDS, check_op, workloads_for
 from abtest.progress import GateProgress
 from abtest.report import append_gate, render
 from abtest.report.records import GateRecord
@@ -43,6 +41,7 @@ from loop.model import resolve_device
 from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
+WRONG = (Level.FAILED.value, Level.INVALID.value)
 SHORTEST_CALL = 0.5  # seconds; what took less is not listed
 
 
@@ -71,10 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
         shared_gpu(device.type == "cuda" and command.gate.parallel > 1) as variables,
         GateProgress(planned_units(command.gate)) as progress,
-        ThreadPoolExecutor(1) as pool,  # op checks need this process alone, and the gate is in its arms' processes
+        ThreadPoolExecutor(1) as pool,
     ):
-        ops = pool.submit(op_reports, optimizations if command.ops else [], device, progress)
-        record = _gate(command, optimizations, device, Path(scratch), variables, progress, ops, began)
+        environment = environment_of_arms(variables)
+        ops = pool.submit(_op_checks, command, device, Path(scratch), environment, progress)
+        record = _gate(command, optimizations, device, Path(scratch), environment, progress, ops, began)
+        shared = joined(variables)
+        record = dataclasses.replace(record, environment=record.environment | {"shared_by_mps": shared})
         progress.say(f"{record.name}: {record.verdict.level.value}: {record.verdict.reason}")
     append_gate(command.reports / "data", record.environment["device_slug"], record)
     pages = render(command.reports / "data", command.reports)
@@ -105,30 +107,25 @@ def _check_missing(optimizations: list[Optimization], device: torch.device) -> N
             raise UserError(f"--optimization {optimization.name}: {missing}")
 
 
-def op_reports(optimizations: list[Optimization], device: torch.device, progress: GateProgress) -> list[dict[str, Any]]:
-    """Each op beside fp64 truth, every workload and seed, and every autotune configuration."""
-    rows = []
-    for optimization in optimizations:
-        if optimization.op is None:
-            continue
-        for workload in workloads_for(optimization.op, device):
-            for seed in SEEDS:
-                report = check_op(optimization.op, workload, device, seed, optimization.exactness)
-                rows.append(_row(optimization.name, workload.name, seed, report.verdict))
-        for kernel, configuration, report in check_every_configuration(optimization, device, SEEDS[0]):
-            case = f"{report.workload.name}, {report.workload.dtype}, {configuration}"
-            rows.append(_row(f"{optimization.name}, {kernel}", case, report.seed, report.verdict))
-        wrong = sum(row["level"] in ("FAILED", "INVALID") for row in rows)
-        progress.say(f"{optimization.name}: {len(rows)} op checks, {wrong} failed")
+def _op_checks(
+    command: Command, device: torch.device, scratch: Path, environment: dict[str, str], progress: GateProgress
+) -> list[dict[str, Any]]:
+    """`abtest.op_level.op_reports` in a process of its own: as one more of those that share the GPU. This one would have to
+    take turns with all of them."""
+    if not (command.ops and command.optimization):
+        return []
+    with Arm(ArmSpec("op checks", command), scratch, environment) as arm:
+        try:
+            rows = arm.call("op_checks", optimizations=list(command.optimization), device=device.type)["rows"]
+        except ArmFailed as error:
+            progress.say(error.output)
+            rows = [{"op": "op checks", "workload": "all", "seed": 0, "level": Level.FAILED.value, "reason": str(error)}]
+    progress.say(f"{len(rows)} op checks, {sum(row['level'] in WRONG for row in rows)} failed")
     return rows
 
 
-def _row(name: str, workload: str, seed: int, verdict: Verdict) -> dict[str, Any]:
-    return {"op": name, "workload": workload, "seed": seed, "level": verdict.level.value, "reason": verdict.reason}
-
-
 def _gate(
-    command: Command, optimizations: list[Optimization], device: torch.device, scratch: Path, variables: dict[str, str],
+    command: Command, optimizations: list[Optimization], device: torch.device, scratch: Path, environment: dict[str, str],
     progress: GateProgress, ops: Future[list[dict[str, Any]]], began: float,
 ) -> GateRecord:  # fmt: skip
     config = gate_config(command, command.gate)
@@ -137,7 +134,7 @@ def _gate(
         claim = max(claim, Exactness.ROUNDING, key=registry.ORDER.index)
     names = (*command.optimization, *([command.plant] if command.plant else []))
     spec = ArmSpec(" + ".join(names), config, tuple(command.optimization), command.plant)
-    with Experiment(config, command.gate, scratch, environment_of_arms(variables), progress) as experiment:
+    with Experiment(config, command.gate, scratch, environment, progress) as experiment:
         try:
             experiment.prepare(spec, timed=False)
         except ArmFailed as error:
@@ -150,8 +147,7 @@ def _gate(
             candidate = Candidate(None, Verdict(Level.FAILED, str(error)), None)
         else:
             candidate.arm.__exit__(None, None, None)
-        record = _record(command, optimizations, device, experiment, candidate, ops.result(), spec.name, claim, began)
-    return dataclasses.replace(record, environment=record.environment | {"shared_by_mps": joined(variables)})
+        return _record(command, optimizations, device, experiment, candidate, ops.result(), spec.name, claim, began)
 
 
 def _record(
@@ -202,7 +198,7 @@ def _with_ops(verdict: Verdict, ops: list[dict[str, Any]]) -> Verdict:
     """The verdict with one more check: the op level. It is what timing waits for; the level is of the whole run."""
     if not ops:
         return verdict
-    wrong = [row for row in ops if row["level"] in ("FAILED", "INVALID")]
+    wrong = [row for row in ops if row["level"] in WRONG]
     detail = f"{wrong[0]['op']} on {wrong[0]['workload']}: {wrong[0]['reason']}" if wrong else ""
     check = Check("op checks that fail", float(len(wrong)), 0.0, not wrong, detail)
     return dataclasses.replace(verdict, checks=(*verdict.checks, check))

@@ -203,7 +203,7 @@ class Worker(Examiner, Stopwatch):
 
 COMMANDS = (
     "build", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances", "structure", "update", "work",
-    "tripwire", "trace", "autotuned",
+    "tripwire", "trace", "autotuned", "op_checks",
     "prepare_timing", "time_block", "finish_timing",
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 import time
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -15,8 +16,10 @@ from tiny import CONFIG as TINY
 
 from abtest import sensitivity
 from abtest.arm import ArmFailed, ArmSpec
-from abtest.experiment import UNCHECKPOINTED, Experiment
+from abtest.evidence import Evidence
+from abtest.experiment import ORACLE_SHARE, UNCHECKPOINTED, Experiment
 from abtest.in_process import InProcessExperiment
+from abtest.mps import SHARE
 from abtest.settings import GateConfig
 from abtest.verdict import Level
 from kernels.contract import Exactness
@@ -126,8 +129,37 @@ def test_kicked_references_are_shared_out_among_lanes(experiment, monkeypatch):
 
     monkeypatch.setattr(experiment, "_arm", started)
     monkeypatch.setattr(experiment, "_free_run", run)
+    repeat_in(experiment, {"weights": "a", "frozen": "b"})
     assert experiment._replicas_with(()) == [[0.0], [1.0]]
-    assert sorted(arms) == ["replicas 1", "replicas 2"]
+    assert arms == ["replicas 2"], "the other lane is the repeat's process"
+    experiment.repeat_arm.build.assert_called_once()
+
+
+def repeat_in(experiment, built_again: dict[str, str]) -> None:
+    """A repeat that began with weights "a" and "b", and would be built again as `built_again` says."""
+    experiment.repeat = Evidence({"weights": "a", "frozen": "b"}, {})
+    experiment.repeat_arm = MagicMock(build=MagicMock(return_value=built_again))
+
+
+def test_stock_that_begins_otherwise_once_built_again_is_no_reference(experiment, monkeypatch):
+    """Its gradients would be of other weights than those that its run was compared with."""
+    monkeypatch.setattr(experiment, "_free_run", lambda arm, phase, kick_seed: {"loss": [0.0]})
+    repeat_in(experiment, {"weights": "a", "frozen": "other"})
+    with pytest.raises(ArmFailed, match="same weights"):
+        experiment._replicas_with(())
+
+
+def test_the_oracle_has_a_share_of_the_gpu_and_nobody_else_has(experiment):
+    """Its process is its own: a share is settled when a process starts, and the spare one started without."""
+    spare = experiment.spare
+    oracle, after = experiment._arm(ArmSpec("oracle", CONFIG, exact=True)), experiment._arm(ArmSpec("next", CONFIG))
+    with oracle, after:
+        assert after is spare and oracle is not spare
+        assert f"{SHARE}={ORACLE_SHARE}" in environment_of(oracle) and SHARE not in "".join(environment_of(after))
+
+
+def environment_of(arm) -> list[str]:
+    return Path(f"/proc/{arm.process.pid}/environ").read_text().split("\0")
 
 
 def test_replicas_that_do_not_fit_without_recomputation_run_with_it(experiment, monkeypatch):
