@@ -1,7 +1,7 @@
 """The process that `abtest.sanitize` watches: one optimization's op, forward and backward, on its small workloads.
 
-`python -m abtest.sanitize_child NAME TASK [SIDE]`; the last line on stdout is one JSON document. It knows nothing of what
-watches it.
+`python -m abtest.sanitize_child NAME TASK [SIDE]`; SIDE is candidate, reference or control, which is PyTorch alone. The last
+line on stdout is one JSON document. It knows nothing of what watches it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from abtest.opcheck import small_workloads
 from kernels import registry
 from kernels.contract import Op, Workload
 
+CONTROL_SIZES = (48, 64, 128, 256)  # of square matrices: what small cases multiply
+
 
 def results(op: Op, side: str, workload: Workload, device: torch.device) -> str:
     """Runs `side` ("candidate" or "reference") forward and backward once; a fingerprint of its outputs and gradients."""
@@ -37,6 +39,19 @@ def once(op: Op, side: str, device: torch.device) -> dict[str, Any]:
     for workload in workloads:
         results(op, side, workload, device)
     return {"workloads": len(workloads)}
+
+
+def control(device: torch.device) -> dict[str, Any]:
+    """Nothing but PyTorch: products of written matrices, read by the kernels that candidates read products with."""
+    read = 0
+    for dtype in (torch.bfloat16, torch.float32):
+        for size in CONTROL_SIZES:
+            made = torch.ones(size, size, dtype=dtype, device=device)
+            one, other = made @ made, made @ made
+            joined = (torch.cat([one, other], dim) for dim in (0, 1))
+            for rows in (*joined, one + other, one.t().contiguous(), one.float()):
+                read += int(rows.sum() > 0)
+    return {"workloads": read}
 
 
 def repeat(op: Op, side: str, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -71,6 +86,8 @@ def main(arguments: list[str]) -> None:
         answer = huge(optimization.op, device)
     elif task == "repeat":
         answer = repeat(optimization.op, "candidate", device, int(rest[0]))
+    elif rest[0] == "control":
+        answer = control(device)
     else:
         answer = once(optimization.op, rest[0], device)
     if device.type == "cuda":

@@ -89,6 +89,31 @@ def test_errors_of_kernels_that_err_in_the_reference_are_not_the_candidate_s():
     assert not both.passed and "_forward_kernel" in both.detail
 
 
+CONCATENATION = OF_PYTORCH.replace(
+    "reduce_kernel<(int)512, float>(T3)", "<unnamed>::CatArrayBatchedCopy<Opaque<2>, (int)4>(T1)"
+)
+
+
+def test_only_templates_of_pytorch_that_err_in_the_control_are_put_down_to_it():
+    found, own = places(CONCATENATION), places(OUT_OF_BOUNDS)
+    other = frozenset({"void at::native::<unnamed>::CatArrayBatchedCopy<Opaque<16>, (int)1>(T9)"})
+    assert sanitize.of_pytorch(found | own, other | own) == found
+    assert sanitize.of_pytorch(found, places(OF_PYTORCH)) == frozenset()
+
+
+@pytest.mark.parametrize(("control", "passes"), [(CONCATENATION, True), (OF_PYTORCH, False), (CLEAN, False)])
+@pytest.mark.skipif(GPU, reason="the real tool is tried below")
+def test_what_pytorch_alone_is_told_off_for_is_not_the_candidate_s(tmp_path, monkeypatch, control, passes):
+    logs = {"clean": CLEAN, "initcheck": CONCATENATION, "reference initcheck": CLEAN, "control initcheck": control}
+    fake_tool(tmp_path, monkeypatch, **logs)
+    (_, check) = sanitize.sanitize(registry.discover()["silu_mul"], ("initcheck",), repeats=2)
+    assert check.passed is passes and "CatArrayBatchedCopy" in check.detail
+
+
+def test_the_control_reads_products():
+    assert sanitize_child.control(CPU) == {"workloads": 10 * len(sanitize_child.CONTROL_SIZES)}
+
+
 def fake_tool(tmp_path: Path, monkeypatch, **logs: str) -> list[list[str]]:
     """A compute-sanitizer that prints `logs`, by side or tool, and runs nothing; the calls it will have got."""
     calls = tmp_path / "calls"
