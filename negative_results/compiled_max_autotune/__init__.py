@@ -14,5 +14,6 @@ OPTIMIZATION = Optimization(
     apply=patch.apply,
     needs=Needs(cuda=True, triton=True),
     conflicts=("contiguous_linear_patch", "elementwise_warps", "fused_swiglu_matmul", "silu_mul", "triton_fp8_dot"),
+    recipe={"gradient_checkpointing": False},
     source=("torch.compile: https://docs.pytorch.org/docs/stable/generated/torch.compile.html",),
 )

@@ -11,6 +11,8 @@ from kernels.silu_mul.patch import gated_mlps
 from loop.batch import PackedBatch
 from loop.run import MicroStep, Run
 
+# Recomputation keeps alive what died while a graph was recorded: "graph recording observed an input tensor deallocate".
+ISSUE = "https://github.com/pytorch/pytorch/issues/154306"
 OPTIONS = {"mode": "max-autotune", "dynamic": False}  # packs have one length
 
 
@@ -42,9 +44,11 @@ def announced(micro_step: MicroStep) -> MicroStep:
 
 
 def eligible(run: Run) -> str | None:
-    """None, or why not: no CUDA graphs, or nothing to compile."""
+    """None, or why not: no CUDA graphs, recomputation, or nothing to compile."""
     if run.device.type != "cuda":
         return f"max-autotune is CUDA graphs and Triton's matmuls; this run is on {run.device.type}"
+    if getattr(run.model, "is_gradient_checkpointing", False):
+        return f"inductor's CUDA graphs break off where layers are recomputed ({ISSUE}); switch gradient_checkpointing off"
     if not gated_mlps(run.model):
         return f"{type(run.model).__name__} has no MLP of the form down_proj(silu(gate_proj(x)) * up_proj(x))"
     return None

@@ -86,7 +86,10 @@ def test_compilation_has_its_reasons_in_words():
     assert "needs a CUDA device" in registry.refusal(compiled, SimpleNamespace(model=nn.ReLU(), device=cpu))
     assert "this run is on cpu" in compiled.eligible(SimpleNamespace(model=run_of().model, device=cpu))
     assert "no MLP of the form" in compiled.eligible(SimpleNamespace(model=nn.ReLU(), device=cuda))
-    assert compiled.eligible(SimpleNamespace(model=run_of().model, device=cuda)) is None
+    model = run_of().model
+    assert compiled.eligible(SimpleNamespace(model=model, device=cuda)) is None
+    model.gradient_checkpointing_enable()
+    assert "issues/154306" in compiled.eligible(SimpleNamespace(model=model, device=cuda))
 
 
 # fused_swiglu_matmul
