@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from bench.timing import CpuTimer, CudaTimer
+from bench.timing import median_us
 
 CUDA_COPY_BYTES, CPU_COPY_BYTES = 1 << 30, 64 << 20  # far beyond any cache
 CUDA_MATMUL_SIZE, CPU_MATMUL_SIZE = 8192, 1024
@@ -28,6 +27,10 @@ class Ceilings:
         """The least time, microseconds, for this traffic and this arithmetic, whichever takes longer."""
         return max(bytes_moved / self.copy_bytes_per_s, flops / self.matmul_flops_per_s) * 1e6
 
+    def bound_by_bytes(self, bytes_moved: int, flops: int) -> bool:
+        """Whether it is the traffic that takes longer."""
+        return bytes_moved / self.copy_bytes_per_s >= flops / self.matmul_flops_per_s
+
 
 def measure_ceilings(device: torch.device, samples: int = 15) -> Ceilings:
     """Medians of `samples` calls: on CUDA a 1 GiB copy and an 8192^3 bf16 product, on a CPU 64 MiB and 1024^3 in fp32."""
@@ -35,17 +38,18 @@ def measure_ceilings(device: torch.device, samples: int = 15) -> Ceilings:
     copied = CUDA_COPY_BYTES if cuda else CPU_COPY_BYTES
     size = CUDA_MATMUL_SIZE if cuda else CPU_MATMUL_SIZE
     dtype = torch.bfloat16 if cuda else torch.float32
-    copy, matmul = _copy(copied, device), _matmul(size, dtype, device)
+    copy, matmul = copy_of(copied, device), _matmul(size, dtype, device)
     return Ceilings(
-        copy_bytes_per_s=2 * copied / _median_us(copy, device, samples) * 1e6,
-        matmul_flops_per_s=2 * size**3 / _median_us(matmul, device, samples) * 1e6,
+        copy_bytes_per_s=2 * copied / median_us(copy, device, samples) * 1e6,
+        matmul_flops_per_s=2 * size**3 / median_us(matmul, device, samples) * 1e6,
         copied_bytes=copied,
         matmul_size=size,
         matmul_dtype=str(dtype).removeprefix("torch."),
     )
 
 
-def _copy(size_bytes: int, device: torch.device) -> Callable[[], object]:
+def copy_of(size_bytes: int, device: torch.device) -> Callable[[], object]:
+    """A copy that reads and writes so many bytes each, in whole fp32 numbers."""
     source = torch.ones(size_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -57,9 +61,3 @@ def _matmul(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[],
     left, right = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     return lambda: torch.mm(left, right, out=product)
-
-
-def _median_us(function: Callable[[], object], device: torch.device, samples: int) -> float:
-    timer = CudaTimer(device) if device.type == "cuda" else CpuTimer()
-    timer.prepare(function, 3)
-    return float(np.median([timer.sample(function) for _ in range(samples)]))

@@ -49,8 +49,9 @@ def run_micro(
 
     Returns a mapping that JSON can hold: `level` and `reason` (the worst check), `untimed` (why there is no time, else
     None), `ceilings` (measured here unless given), and `workloads`, by name, with errors, times in microseconds of forward
-    plus backward, `ratio` (reference over candidate) and its 95 % interval, traffic, arithmetic, and the fraction of the
-    time floor that the ceilings set. The caller sets TRITON_INTERPRET.
+    plus backward, of the candidate's forward alone, too, `ratio` (reference over candidate) and its 95 % interval, traffic,
+    arithmetic, the fraction of the time floor that the ceilings set, and, where traffic sets it, the share that copies of as
+    many bytes would take. The caller sets TRITON_INTERPRET.
     """
     from abtest.opcheck import SEEDS, check_op, workloads_for
     from abtest.verdict import Level
@@ -138,13 +139,15 @@ def _json_number(value: float | None) -> float | str | None:
 def _timed(
     optimization: Optimization, workload: Workload, device: torch.device, samples: int, ceilings: Ceilings
 ) -> dict[str, Any]:
-    from bench.timing import time_pair
+    from abtest.opcall import call
+    from bench.timing import median_us, time_pair
 
     op = optimization.op
     inputs = op.inputs(workload, device, 0)
     reference, candidate = (forward_backward(side, inputs) for side in (op.reference, op.candidate))
     timing = time_pair(reference, candidate, device, samples)
     moved, flops = op.bytes_moved(workload), op.flops(workload)
+    copies = copies_us(moved, device, samples) if ceilings.bound_by_bytes(moved, flops) else None
     seconds = timing.candidate_us / 1e6
     return {
         "reference_us": timing.reference_us,
@@ -156,7 +159,24 @@ def _timed(
         "tb_per_s": moved / seconds / 1e12,
         "tflop_per_s": flops / seconds / 1e12,
         "of_ceiling": ceilings.floor_us(moved, flops) / timing.candidate_us,
+        "forward_us": median_us(lambda: call(op.candidate, inputs), device, samples),
+        "of_copies": None if copies is None else copies / timing.candidate_us,
     }
+
+
+def copies_us(bytes_moved: int, device: torch.device, samples: int) -> float:
+    """What copies take that move as many bytes in two launches, the fewest for a forward and a backward: of a few megabytes
+    none reaches the bandwidth of large ones, since launching, filling and draining the device take microseconds."""
+    from bench.ceilings import copy_of
+    from bench.timing import median_us
+
+    copy = copy_of(max(bytes_moved // 4, 4), device)  # of two copies, each of which reads and writes
+
+    def both() -> None:
+        copy()
+        copy()
+
+    return median_us(both, device, samples)
 
 
 def forward_backward(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], None]:
@@ -180,7 +200,10 @@ def table(result: Mapping[str, Any]) -> Any:
     grid = Table(title=title, title_justify="left")
     for heading in ("workload", "shape", "dtype", "check"):
         grid.add_column(heading)
-    numeric = ("max, mean error", "reference µs", "candidate µs", "ratio [95 %]", "TB/s", "TFLOP/s", "of ceiling")
+    numeric = (
+        "max, mean error", "reference µs", "candidate µs", "forward µs", "ratio [95 %]", "TB/s", "TFLOP/s", "of ceiling",
+        "of copies",
+    )  # fmt: skip
     for heading in numeric:
         grid.add_column(heading, justify="right", no_wrap=True)
     for name, row in result["workloads"].items():
@@ -192,15 +215,17 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     errors = (row["max_error_ratio"], row["mean_error_ratio"])
     cells = ["–" if None in errors else ", ".join(f"{float(error):.2f}×" for error in errors)]
     if "ratio" not in row:
-        return [*cells, *["–"] * 6]
+        return [*cells, *["–"] * 8]
     return [
         *cells,
         f"{row['reference_us']:,.1f}",
         f"{row['candidate_us']:,.1f}",
+        f"{row['forward_us']:,.1f}",
         f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]".replace("[", r"\["),
         f"{row['tb_per_s']:.3g}",
         f"{row['tflop_per_s']:.3g}",
         f"{row['of_ceiling']:.0%}",
+        "–" if row["of_copies"] is None else f"{row['of_copies']:.0%}",
     ]
 
 

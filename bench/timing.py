@@ -75,6 +75,13 @@ def ratio_interval(reference: np.ndarray, candidate: np.ndarray, seed: int = 0) 
     return float(np.median(ratios)), float(low), float(high)
 
 
+def median_us(function: Callable[[], object], device: torch.device, samples: int) -> float:
+    """The median of `samples` calls of one function, microseconds."""
+    timer = CudaTimer(device) if device.type == "cuda" else CpuTimer()
+    timer.prepare(function, 3)
+    return float(np.median([timer.sample(function) for _ in range(samples)]))
+
+
 class CpuTimer:
     """Wall time of one call, microseconds."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import micro
+from bench import ceilings, micro
 from bench.ceilings import Ceilings
 from bench.timing import ratio_interval, time_pair
 from kernels import registry
@@ -43,6 +43,20 @@ def test_what_matches_is_timed():
     assert row["reference_us"] > 0 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     assert row["tb_per_s"] == pytest.approx(4000 / row["candidate_us"] / 1e6)
     assert row["of_ceiling"] == pytest.approx(0.4 / row["candidate_us"])  # 4000 bytes at 10 GB/s
+    assert row["forward_us"] > 0 and row["of_copies"] > 0
+
+
+def test_what_arithmetic_bounds_is_not_held_to_copies():
+    slow = replace(CEILINGS, matmul_flops_per_s=1e6)
+    row = micro.run_micro(optimization_with(square), CPU, samples=4, ceilings=slow)["workloads"]["tiny"]
+    assert row["of_copies"] is None and row["of_ceiling"] == pytest.approx(600 / row["candidate_us"])
+
+
+def test_copies_move_the_bytes_in_two_launches(monkeypatch):
+    sizes, calls = [], []
+    monkeypatch.setattr(ceilings, "copy_of", lambda size, device: (sizes.append(size), lambda: calls.append(size))[1])
+    assert micro.copies_us(4000, CPU, 3) > 0
+    assert sizes == [1000] and len(calls) % 2 == 0
 
 
 def test_what_does_not_match_is_not_timed():

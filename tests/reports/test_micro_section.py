@@ -16,7 +16,7 @@ CHECKED = {
 }  # fmt: skip
 TIMES = {
     "reference_us": 123.456, "candidate_us": 61.728, "ratio": 2.0, "ratio_low": 1.98, "ratio_high": 2.03, "samples": 50,
-    "tb_per_s": 3.21, "tflop_per_s": 0.5, "of_ceiling": 0.876,
+    "tb_per_s": 3.21, "tflop_per_s": 0.5, "of_ceiling": 0.876, "forward_us": 25.5, "of_copies": 0.933,
 }  # fmt: skip
 COMMON = {"optimization": "silu_mul", "device": "Example GPU X1", "exactness": "rounding", "level": "ROUNDING"}
 TIMED = COMMON | {
@@ -41,10 +41,10 @@ def test_what_was_timed_shows_times_ratio_and_ceiling():
     header, first, second = cells(section)
     assert header == list(HEADER)
     assert first == [
-        "hidden", "tokens=2048 width=5504", "bfloat16", "ROUNDING", "1, 0.988", "123.5", "61.73", "2.00x [1.98, 2.03]",
-        "3.21", "0.5", "88 %",
+        "hidden", "tokens=2048 width=5504", "bfloat16", "ROUNDING", "1, 0.988", "123.5", "61.73", "25.5",
+        "2.00x [1.98, 2.03]", "3.21", "0.5", "88 %", "93 %",
     ]  # fmt: skip
-    assert second == ["one | token", *first[1:-1], "–"]  # no ceiling was measured
+    assert second == ["one | token", *first[1:-2], "–", "93 %"]  # no ceiling was measured
     assert section.startswith("## Microbenchmark\n") and "Op check: **ROUNDING**; hidden, seed 1" in section
     assert "Times are of forward plus backward" in section and "Not timed" not in section
 
@@ -52,8 +52,8 @@ def test_what_was_timed_shows_times_ratio_and_ceiling():
 def test_what_was_not_timed_shows_its_check_and_why():
     section = micro_section(UNTIMED)
     _, first, second = cells(section)
-    assert first == ["hidden", "tokens=2048 width=5504", "bfloat16", "ROUNDING", "1, 0.988", *["–"] * 6]
-    assert second == ["odd shape", "tokens=2048 width=5504", "bfloat16", "FAILED", "nan, 0.988", *["–"] * 6]
+    assert first == ["hidden", "tokens=2048 width=5504", "bfloat16", "ROUNDING", "1, 0.988", *["–"] * 8]
+    assert second == ["odd shape", "tokens=2048 width=5504", "bfloat16", "FAILED", "nan, 0.988", *["–"] * 8]
     assert "Not timed: Triton's interpreter is not timed." in section and "Times are of" not in section
 
 
