@@ -6,7 +6,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -330,6 +330,10 @@ class Experiment:
         compared = self._compare(evidence)
         verdict = gate.judge(claim, self.reference, self.repeat, evidence, wanted, self.sigma, compared)
         return Candidate(arm, verdict, evidence, compared, rows)
+
+    def collect(self, specs: Sequence[ArmSpec]) -> None:
+        """The evidence of several arms, gathered side by side, for `gate_arm` to judge."""
+        self._together(*(lambda spec=spec: self._collect_early(spec) for spec in specs))
 
     def _collect_early(self, spec: ArmSpec) -> None:
         self.early[spec] = self._collect(spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from abtest.arm import ArmFailed, ArmSpec
@@ -37,7 +37,7 @@ class Bench:
         self.path = command.reports / "data" / facts["environment"]["device_slug"] / "records.jsonl"
         self.config = gate_config(command, command.gate)
         self.own_experiment = own_experiment  # for an arm with a stock of its own
-        self.head_start: dict[str, float] = {}  # seconds that an arm was at work beside the reference
+        self.head_start: dict[str, float] = {}  # seconds that an arm was at work beside others
 
     def keep(
         self, plan: ArmPlan, verdict: Verdict, losses=(), perf=None, untimed=None, paths=None,
@@ -98,6 +98,15 @@ class Bench:
             "from 1 does the speed ratio of equal arms come out",
         )  # fmt: skip
         self.keep(repeated, verdict, self.experiment.repeat.losses, again, paths=paths)
+
+    def gather(self, batch: Sequence[ArmPlan]) -> None:
+        """What arms of one batch report, asked of all of them at the same time; each is then judged and timed in its turn,
+        while the others wait for their next command."""
+        specs = [self._spec(plan) for plan in batch]
+        if len(specs) > 1:
+            self.experiment.collect(specs)
+            for spec in specs:
+                self._settle(spec)
 
     def _settle(self, first: ArmSpec | None) -> None:
         """An arm that ended beside the others is tried again alone: they may have left it too little memory."""
@@ -189,10 +198,15 @@ class Bench:
 
 
 def goes_beside(plan: ArmPlan, command: Command) -> bool:
-    """Whether the arm may be gated while the reference is at work. Not where memory is scarce: in full fine-tuning every
-    arm has fp32 weights and moments of its own, and what recomputes nothing keeps most of all."""
+    """Whether the arm may be gated while the reference, or another arm, is at work. Not where memory is scarce: in full
+    fine-tuning every arm has fp32 weights and moments of its own, and what recomputes nothing keeps most of all."""
     fits = command.method == "lora" and UNCHECKPOINTED not in plan.optimizations
     return command.gate.parallel > 1 and fits and plan.missing is None and not plan.own_stock
+
+
+def side_by_side(command: Command) -> int:
+    """How many arms are gated at the same time: their host is what the time goes to, not the device."""
+    return max(command.gate.parallel // 2, 1)
 
 
 def _now() -> str:

@@ -29,7 +29,7 @@ from bench.ceilings import measure_ceilings
 from bench.claims import Claims, alone_in
 from bench.command import Command, check, default, facts_of, new_run_id, recipe_of, records_file
 from bench.ledger import Ledger
-from bench.measure import Bench, goes_beside
+from bench.measure import Bench, goes_beside, side_by_side
 from bench.plan import ArmPlan, arm_units, plan_arms, planned_units
 from bench.report import render, summary_json
 from bench.turns import Turns
@@ -75,10 +75,13 @@ def _arms(
 
         # Those that may work beside the reference come first, so that one does.
         order = sorted(todo, key=lambda plan: not goes_beside(plan, command))
-        turns = Turns(order, gate_config(command, command.gate), command.combine, ledger, claims, budget, skip)
+        config, width = gate_config(command, command.gate), side_by_side(command)
+        turns = Turns(
+            order, config, command.combine, ledger, claims, budget, skip, lambda plan: goes_beside(plan, command), width
+        )
         mine = iter(turns)
         first = next(mine, None)
-        progress.say(f"run {ledger.run_id}: {f'begins with {first.name}' if first else 'nothing to measure here'}")
+        progress.say(f"run {ledger.run_id}: {f'begins with {first[0].name}' if first else 'nothing to measure here'}")
         if first is not None:
             _measure(command, device, ledger, environment, budget, progress, chain([first], mine))
         left = turns.left()
@@ -89,9 +92,9 @@ def _arms(
 
 def _measure(
     command: Command, device: torch.device, ledger: Ledger, environment: dict[str, Any], budget: Budget,
-    progress: GateProgress, mine: Iterator[ArmPlan],
+    progress: GateProgress, mine: Iterator[tuple[ArmPlan, ...]],
 ) -> None:  # fmt: skip
-    """The reference, and then the arms `mine`, at least one.
+    """The reference, and then the batches of arms `mine`, at least one.
 
     Arms share the GPU through MPS while they gate, and are timed under it, too. That is fair: both sides of a ratio are
     clients of the same service, whose kernels reach the GPU without passing through it and may use all of the GPU, and
@@ -116,12 +119,14 @@ def _measure(
         bench = Bench(command, progress, experiment, ceilings, facts, own_experiment)
         first = next(mine)
         began = time.monotonic()
-        bench.reference(first)
+        bench.reference(first[0])
         budget.note_stock(time.monotonic() - began)
-        for plan in chain([first], mine):
-            began = time.monotonic()
-            bench.arm(plan)
-            budget.note(plan, time.monotonic() - began + bench.head_start.get(plan.name, 0.0))
+        for batch in chain([first], mine):
+            bench.gather(batch)
+            for plan in batch:
+                began = time.monotonic()
+                bench.arm(plan)
+                budget.note(plan, time.monotonic() - began + bench.head_start.get(plan.name, 0.0))
 
 
 def _finished(reports: Path, ledger: Ledger, left: list[str]) -> str:

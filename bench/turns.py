@@ -1,4 +1,4 @@
-"""Which arm is next: what the run has no record of, no other command is at, and there is time for."""
+"""Which arms are next: what the run has no record of, no other command is at, and there is time for."""
 
 from __future__ import annotations
 
@@ -12,40 +12,56 @@ from loop.config import Config
 
 
 class Turns:
-    """Iterate for the arms that this command measures, one after another; an arm is this command's until the next is asked
-    for.
+    """Iterate for the arms that this command measures, as batches, one after another; an arm is this command's until the
+    next batch is asked for.
 
-    arms: in order. combine: at last, when the run has a record of each of `arms`, also all that passed in it together,
-    whoever measured them. Of commands with the same arms that run at the same time it is thus the last to finish that
-    measures the combination; commands with different arms would each measure one, of what had passed by then.
+    arms: in order. width: how many may be gated side by side, those that `beside(plan)` says yes to; the first batch, which
+    the reference is at work beside, is of one.
+    combine: at last, when the run has a record of each of `arms`, also all that passed in it together, whoever measured them.
+    Of commands with the same arms that run at the same time it is thus the last to finish that measures the combination; commands with different arms would each measure one, of what had passed by then.
     skip(plan) is called for an arm of `arms` that will not be measured here after all.
     """
 
     def __init__(
         self, arms: Sequence[ArmPlan], config: Config, combine: bool, ledger: Ledger, claims: Claims, budget: Budget,
-        skip: Callable[[ArmPlan], None],
+        skip: Callable[[ArmPlan], None], beside: Callable[[ArmPlan], bool], width: int = 1,
     ) -> None:  # fmt: skip
         self.arms, self.config, self.combine, self.skip = arms, config, combine, skip
+        self.beside, self.width = beside, width
         self.ledger, self.claims, self.budget = ledger, claims, budget
 
-    def __iter__(self) -> Iterator[ArmPlan]:
+    def __iter__(self) -> Iterator[tuple[ArmPlan, ...]]:
+        batch, width = [], 1
         for plan in self.arms:
-            yield from self._turn(plan)
+            if batch and not self.beside(plan):
+                yield from self._hand_out(batch)
+                batch, width = [], self.width
+            if self._take(plan):
+                batch.append(plan)
+            if batch and (len(batch) == width or not self.beside(plan)):
+                yield from self._hand_out(batch)
+                batch, width = [], self.width
+        if batch:
+            yield from self._hand_out(batch)
         if self.combine and not self._unmeasured():
             together = self._together()
-            if together is not None:
-                yield from self._turn(together)
+            if together is not None and self._take(together):
+                yield from self._hand_out([together])
 
-    def _turn(self, plan: ArmPlan) -> Iterator[ArmPlan]:
+    def _take(self, plan: ArmPlan) -> bool:
+        """Whether the arm is this command's from now on."""
         if self.claims.take(plan.name):
             # Asked only now: whoever had it before has recorded it.
-            mine = not self.ledger.has(plan) and self.budget.begin(plan)
-            if mine:
-                yield plan
+            if not self.ledger.has(plan) and self.budget.begin(plan):
+                return True
             self.claims.let_go(plan.name)
-            if mine:
-                return
         self.skip(plan)
+        return False
+
+    def _hand_out(self, batch: list[ArmPlan]) -> Iterator[tuple[ArmPlan, ...]]:
+        yield tuple(batch)
+        for plan in batch:
+            self.claims.let_go(plan.name)
 
     def _unmeasured(self) -> list[str]:
         return [plan.name for plan in self.arms if not self.ledger.has(plan)]

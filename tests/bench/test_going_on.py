@@ -35,6 +35,7 @@ class World:
         self.gated: list[str] = []  # by the last command
         self.first = None  # what its reference was prepared beside
         self.prepared = 0
+        self.together: list[list[str]] = []  # what was gated side by side
         self.environment: dict[str, str] = {}  # of the last command's arms
         self.stock_seconds = self.arm_seconds = 0.0
         self.gate: Callable[[str], None] = lambda name: None
@@ -72,6 +73,12 @@ class Stage:
         self.world.first = first and first.name
         self.world.prepared += 1
         self.world.now += self.world.stock_seconds
+
+    def collect(self, specs) -> None:
+        self.world.together.append([spec.name for spec in specs])
+        self.world.now += self.world.arm_seconds
+        for spec in specs:
+            self.early[spec] = SimpleNamespace(error=None, evidence=EVIDENCE, seconds=self.world.arm_seconds)
 
     def repeat_verdict(self) -> Verdict:
         return Verdict(Level.BITWISE, "the same bits")
@@ -194,6 +201,39 @@ def test_ctrl_c_before_anything_was_recorded_has_nothing_to_go_on_with(world, mo
     with pytest.raises(KeyboardInterrupt):
         world("--run", "r", "--arms", "static_lora")
     assert "--run" not in capsys.readouterr().err
+
+
+# Side by side
+
+
+def test_arms_are_gated_two_at_a_time_behind_the_first(world):
+    arms = ["static_lora", "supervised_logits", "packed_attention", "keep_activations", "merged_lora"]
+    assert world("--run", "r", "--arms", *arms, "--gate.parallel", "4", "--no-combine") == [
+        "static_lora", "supervised_logits", "packed_attention", "merged_lora", "keep_activations",
+    ]  # fmt: skip
+    assert world.first == "static_lora"
+    assert world.together == [
+        ["supervised_logits", "packed_attention"]
+    ]  # the fourth has no partner left, the last none ever
+    assert {record.arm for record in world.records("r")} == {"stock", "stock_again", *arms}
+
+
+def test_an_arm_that_ends_beside_another_is_tried_again_alone(world, monkeypatch):
+    ended = []
+
+    def collect(self, specs) -> None:
+        for spec in specs:
+            arm = SimpleNamespace(__exit__=lambda *error: ended.append("ended"))
+            self.early[spec] = SimpleNamespace(error=ArmFailed("out of memory"), evidence=None, seconds=1.0, arm=arm)
+
+    monkeypatch.setattr(Stage, "collect", collect)
+    assert world("--run", "r", "--arms", *TIMED, "--gate.parallel", "4", "--no-combine") == TIMED
+    assert ended == ["ended", "ended"]
+
+
+def test_with_few_processes_arms_take_turns(world):
+    world("--run", "r", "--arms", *TIMED, "--gate.parallel", "2")
+    assert world.together == []
 
 
 # The budget
