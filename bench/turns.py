@@ -17,8 +17,9 @@ class Turns:
 
     arms: in order. width: how many may be gated side by side, those that `beside(plan)` says yes to; the first batch, which
     the reference is at work beside, is of one.
-    combine: at last, when the run has a record of each of `arms`, also all that passed in it together, whoever measured them.
-    Of commands with the same arms that run at the same time it is thus the last to finish that measures the combination; commands with different arms would each measure one, of what had passed by then.
+    combine: at last, when the run has a record of each of `arms`, also all that passed in it together, whoever measured
+    them. Of commands with the same arms that run at the same time it is thus the last to finish that measures the
+    combination; commands with different arms would each measure one, of what had passed by then.
     skip(plan) is called for an arm of `arms` that will not be measured here after all.
     """
 
