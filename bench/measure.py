@@ -200,7 +200,10 @@ class Bench:
 def goes_beside(plan: ArmPlan, command: Command) -> bool:
     """Whether the arm may be gated while the reference, or another arm, is at work. Not where memory is scarce: in full
     fine-tuning every arm has fp32 weights and moments of its own, and what recomputes nothing keeps most of all."""
-    fits = command.method == "lora" and UNCHECKPOINTED not in plan.optimizations
+    keeps_all = UNCHECKPOINTED in plan.optimizations or (
+        command.gradient_checkpointing and not plan.config.gradient_checkpointing
+    )
+    fits = command.method == "lora" and not keeps_all
     return command.gate.parallel > 1 and fits and plan.missing is None and not plan.own_stock
 
 

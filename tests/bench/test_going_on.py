@@ -4,20 +4,25 @@ command is at is its own."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from abtest.arm import ArmFailed
 from abtest.evidence import Evidence
 from abtest.experiment import Candidate
+from abtest.settings import GateConfig
 from abtest.verdict import Check, Level, Verdict
 from bench import budget, measure, records, run
 from bench.ceilings import Ceilings
 from bench.claims import Claims
+from bench.command import Command
+from bench.plan import plan_arms
 from loop.cli import guarded
 from loop.errors import UserError
 
@@ -368,6 +373,15 @@ def test_the_first_arm_that_may_goes_beside_the_reference(world):
     for flags in (("--gate.parallel", "1"), ("--gate.parallel", "4", "--method", "full")):
         world("--arms", "static_lora", *flags)
         assert world.first is None, flags
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_an_arm_that_recomputes_less_than_stock_takes_no_company(checkpointing):
+    command = Command(gate=GateConfig(parallel=4), gradient_checkpointing=checkpointing)
+    (peer,) = plan_arms(["transformers_peft_fla"], command, torch.device("cuda"))
+    alone = dataclasses.replace(peer, missing=None)
+    assert not alone.config.gradient_checkpointing
+    assert measure.goes_beside(alone, command) is not checkpointing
 
 
 def early(world, monkeypatch, collected) -> None:
