@@ -4,61 +4,79 @@ With p[t] = sum over j of w[3 - j] x[t - j] within t's document, a = p sigmoid(p
 y = a r; v is a itself. Backward, with da = r (dy - y sum(dy y)) or dy, and dp = da silu'(p):
 dx[t] = sum over j of w[3 - j] dp[t + j] within t's document,  dw[3 - j] = sum over t of dp[t] x[t - j].
 
-Backward reads x, dy and r, and recomputes p. A program walks down the rows of a few heads, the last rows of x and dp in
-registers; dw is summed first per program, then over programs, in an order that the shape fixes.
+Backward reads x, dy and r, and recomputes p. Programs walk down the rows of a head, the last rows of x and dp in registers;
+dw is summed first per program, then over programs, in an order that the shape fixes.
 """
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from . import device
+from . import backward, forward, walk
 
-INTERPRETED = device.INTERPRETED.value
+INTERPRETED = walk.INTERPRETED.value
 TAPS = 4
-TILE = 2048  # elements of a forward program's tile: 16 a thread in 4 warps, two 16-byte loads of bf16
-TILE_INTERPRETED = 1 << 14  # the interpreter's cost is per program, not per element
-ELEMENTS_A_WARP = 512
-HEADS = 4  # whose rows a backward program walks down side by side
-# 8 a thread, one 16-byte load: a thread keeps windows of x and dp, weights and dw. Half for fp32, whose sums are in fp64.
-ROW_A_WARP = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
-# Backward programs that share the rows: what fits on 132 multiprocessors at once, for a walk has a long tail. Constants, so
-# that no device sums in another order. A program computes three rows more than it owns, so it owns not too few.
-PROGRAMS, PROGRAMS_DWEIGHT = 896, 640
-# A thread's, at most: 7 and 5 programs of two warps fit on a multiprocessor. Uncapped, ptxas takes more, and fewer fit.
-REGISTERS, REGISTERS_DWEIGHT = 144, 192
-REGISTERS_A_BLOCK = 1 << 16
+MULTIPROCESSORS = 132  # an H100's or H200's, which programs are counted for; a constant, so that no device sums otherwise
+REGISTERS_A_MULTIPROCESSOR, MOST_REGISTERS = 1 << 16, 255
 FEWEST_ROWS, FEWEST_ROWS_INTERPRETED = 16, 4
+TILE_INTERPRETED = 1 << 14  # elements of a program side by side: the interpreter's cost is per program, not per element
 COLUMNS = 16  # of the partial sums that one program adds up
 WIDEST = 1024  # elements of a head of q or k
-DTYPES = tuple(ROW_A_WARP)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def forward_tiling(K: int) -> dict[str, int]:
-    """Rows and columns of a forward program's tile, and its warps. T has no say: a row's bits are its document's alone."""
-    BD = triton.next_power_of_2(K)
-    BT = max(1, (TILE_INTERPRETED if INTERPRETED else TILE) // BD)
-    return {"BT": BT, "BD": BD, "num_warps": min(max(BT * BD // ELEMENTS_A_WARP, 1), 16)}
+@dataclass(frozen=True)
+class Walk:
+    """How programs walk down the rows. One that takes a head of 128 has one warp, so that no sum crosses warps."""
+
+    warps: int  # that are to fit on a multiprocessor at once, which caps a thread's registers
+    heads_of_columns: int = 128  # a program takes as many whole heads as fit, and at least one
+    columns_a_lane: int = 4
+    unroll: int = 4  # rows a step
+    stages: int = 1  # steps whose loads are in flight, through shared memory, where more than one
+
+    @property
+    def registers(self) -> int:
+        """A thread's, at most, which come in eights."""
+        return min(REGISTERS_A_MULTIPROCESSOR // (32 * self.warps) // 8 * 8, MOST_REGISTERS)
+
+
+# By whether sums are fp64, which are twice the registers. As many warps as spill none: they hide each other's latency.
+FORWARD = {False: Walk(warps=24), True: Walk(warps=16, unroll=2)}
+BACKWARD = {False: Walk(warps=20), True: Walk(warps=8, unroll=2)}
+BACKWARD_DWEIGHT = {False: Walk(warps=16), True: Walk(warps=8, unroll=2)}
+
+
+def tiling(plan: Walk, T: int, HK: int, K: int, VALUES: int) -> dict[str, int]:
+    """How a launch shares out the work: `rows` of each chunk of rows, BH heads side by side, in GROUPS. All programs run at
+    once, for each reads three rows more than it owns at either end. T decides where programs begin, but no row's bits."""
+    v_heads, BD = triton.cdiv(VALUES, K), triton.next_power_of_2(K)
+    BH = triton.next_power_of_2(max(HK, v_heads)) if INTERPRETED else max(plan.heads_of_columns // BD, 1)
+    of_q = triton.cdiv(HK, BH)
+    groups, warps = 2 * of_q + triton.cdiv(v_heads, BH), min(max(BH * BD // (32 * plan.columns_a_lane), 1), 16)
+    fewest = FEWEST_ROWS_INTERPRETED if INTERPRETED else FEWEST_ROWS
+    rows = max(fewest, triton.cdiv(T * groups, MULTIPROCESSORS * plan.warps // warps))
+    rows = triton.cdiv(rows, plan.unroll) * plan.unroll
+    fitting = triton.next_power_of_2(triton.cdiv(TILE_INTERPRETED, BH * BD))
+    chunks = min(triton.next_power_of_2(triton.cdiv(T, rows)), fitting) if INTERPRETED else 1
+    shares = {"rows": rows, "GROUPS_QK": of_q, "GROUPS": groups, "BH": BH, "BD": BD, "CHUNKS": chunks}
+    shape = {"UNROLL": plan.unroll, "STAGES": plan.stages, "num_warps": warps, "maxnreg": plan.registers}
+    return shares | shape
+
+
+def forward_tiling(T: int, HK: int, K: int, VALUES: int, dtype: torch.dtype) -> dict[str, int]:
+    """`tiling` of a forward launch."""
+    return tiling(FORWARD[dtype == torch.float32], T, HK, K, VALUES)
 
 
 def backward_tiling(T: int, HK: int, K: int, VALUES: int, dtype: torch.dtype, with_dweight: bool) -> dict[str, int]:
-    """How a backward launch shares out the work: `rows` that each chunk of rows owns, BH heads side by side, in GROUPS."""
-    v_heads = triton.cdiv(VALUES, K)
-    BH, BD = triton.next_power_of_2(max(HK, v_heads)) if INTERPRETED else HEADS, triton.next_power_of_2(K)
-    of_q = triton.cdiv(HK, BH)
-    groups = 2 * of_q + triton.cdiv(v_heads, BH)
-    fewest = FEWEST_ROWS_INTERPRETED if INTERPRETED else FEWEST_ROWS
-    rows = max(fewest, triton.cdiv(T * groups, PROGRAMS_DWEIGHT if with_dweight else PROGRAMS))
-    fitting = triton.next_power_of_2(triton.cdiv(TILE_INTERPRETED, BH * BD))
-    chunks = min(triton.next_power_of_2(triton.cdiv(T, rows)), fitting) if INTERPRETED else 1
-    warps = min(max(BH * BD // ROW_A_WARP[dtype], 1), 16)
-    registers = min(REGISTERS_DWEIGHT if with_dweight else REGISTERS, REGISTERS_A_BLOCK // (32 * warps))
-    shares = {"rows": rows, "GROUPS_QK": of_q, "GROUPS": groups, "BH": BH, "BD": BD, "CHUNKS": chunks}
-    return shares | {"num_warps": warps, "maxnreg": registers}
+    """`tiling` of a backward launch."""
+    return tiling((BACKWARD_DWEIGHT if with_dweight else BACKWARD)[dtype == torch.float32], T, HK, K, VALUES)
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -83,14 +101,15 @@ def _forward(
     x: Tensor, weight: Tensor, starts: Tensor, key_heads: int, key_width: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, rstd = made = _empty_forward(x, key_heads, key_width)
-    (T, C), rows = x.shape, _rows(x)
+    T, rows = x.shape[0], _rows(x)
     if x.numel() == 0:
         return made
-    tile, blocks = forward_tiling(key_width), triton.cdiv(C, key_width)
+    tile = forward_tiling(T, key_heads, key_width, v.shape[1], x.dtype)
+    programs = triton.cdiv(T, tile["rows"] * tile["CHUNKS"]) * tile["GROUPS"]
     with _on_device(x):
-        device.forward_kernel[(triton.cdiv(T, tile["BT"]) * blocks,)](
-            rows, weight.contiguous(), starts.contiguous(), q, k, v, rstd, T, rows.stride(0), eps,
-            HK=key_heads, K=key_width, VALUES=v.shape[1], BLOCKS=blocks, **tile,
+        forward.forward_kernel[(programs,)](
+            rows, weight.contiguous(), starts.contiguous(), q, k, v, rstd, T, eps=eps, X_STRIDE=rows.stride(0),
+            HK=key_heads, K=key_width, VALUES=v.shape[1], **tile,
         )  # fmt: skip
     return made
 
@@ -116,12 +135,12 @@ def _backward(
     chunks = programs * tile["CHUNKS"]
     partial = torch.empty((chunks, TAPS, C) if with_dweight else 0, dtype=torch.float32, device=x.device)
     with _on_device(x):
-        device.backward_kernel[(programs * tile["GROUPS"],)](
+        backward.backward_kernel[(programs * tile["GROUPS"],)](
             rows, weight.contiguous(), starts.contiguous(), rstd, dq.contiguous(), dk.contiguous(), dv.contiguous(), dx,
-            partial, T, x_stride=rows.stride(0), HK=HK, K=K, VALUES=values, DWEIGHT=with_dweight, **tile,
+            partial, T, X_STRIDE=rows.stride(0), HK=HK, K=K, VALUES=values, DWEIGHT=with_dweight, **tile,
         )  # fmt: skip
         if with_dweight:
-            device.reduce_kernel[(triton.cdiv(TAPS * C, COLUMNS),)](
+            backward.reduce_kernel[(triton.cdiv(TAPS * C, COLUMNS),)](
                 partial, dweight, chunks, C=C, BP=triton.next_power_of_2(chunks), BC=COLUMNS
             )
     return dx, dweight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -32,13 +33,14 @@ from loop.training import build
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ONE_TOKEN = (1,) * 9 + (2, 1, 3, 1, 5)
-COMPILE_BACKWARD = """
+COMPILE = """
 import sys
 from pathlib import Path
 from bench.cross_compile.compilers import with_triton
 from kernels.conv_silu_norm.cross_compile import CASES
-(case,) = (case for case in CASES if case.name == "backward with dw, fp32")
-with_triton(case, "sm_90a", Path(sys.argv[1]))
+for case in CASES:
+    if case.name in sys.argv[2:]:
+        with_triton(case, "sm_90a", Path(sys.argv[1]))
 """
 
 
@@ -101,10 +103,13 @@ def test_shapes_that_no_block_divides(documents, HK, K, V):
     assert report.passed, report.verdict.reason
 
 
-@pytest.fixture
-def tiled_as_on_a_gpu(monkeypatch):
-    """The interpreter gets the tiles that a GPU gets: four heads a program, in several groups, and one chunk."""
+@pytest.fixture(params=[2, 4], ids=["two rows a step", "four rows a step"])
+def tiled_as_on_a_gpu(request, monkeypatch):
+    """The interpreter gets programs as a GPU does: of four heads, in several groups, and of one chunk of rows."""
     monkeypatch.setattr(kernel, "INTERPRETED", False)
+    walk = kernel.Walk(warps=8, heads_of_columns=32, unroll=request.param)
+    for name in ("FORWARD", "BACKWARD", "BACKWARD_DWEIGHT"):
+        monkeypatch.setattr(kernel, name, {False: walk, True: walk})
     tile = kernel.backward_tiling(40, 2, 8, 20, torch.float32, True)
     assert (tile["BH"], tile["GROUPS"], tile["CHUNKS"], tile["rows"]) == (4, 3, 1, 16)
 
@@ -119,9 +124,9 @@ def test_the_op_check_passes_with_the_tiles_of_a_gpu(name, tiled_as_on_a_gpu):
 @pytest.mark.parametrize("documents", [(1,), (2,), (3,), (4, 1), (1, 1, 1, 1), (5, 8, 2, 1, 9), ONE_TOKEN], ids=str)
 @pytest.mark.parametrize("chunks", [1, 2], ids=["alone", "side by side"])
 def test_rows_shared_out_over_chunks(documents, chunks, monkeypatch):
-    """Chunks of three rows: windows reach over several of them, and end behind the last row."""
+    """Chunks of four rows, the fewest there can be: what they read of others, and what is behind the last row."""
     for constant in ("FEWEST_ROWS", "FEWEST_ROWS_INTERPRETED"):
-        monkeypatch.setattr(kernel, constant, 3)
+        monkeypatch.setattr(kernel, constant, 4)
     monkeypatch.setattr(kernel, "TILE_INTERPRETED", 32 * chunks)  # chunks of 4 heads of 8
     assert_near_truth(*inputs_of(sum(documents), 2, 8, 20), pack_of(*documents), 2, 8)
 
@@ -129,26 +134,43 @@ def test_rows_shared_out_over_chunks(documents, chunks, monkeypatch):
 @pytest.mark.parametrize("documents", [(2,), (5, 8, 2, 1, 9), ONE_TOKEN], ids=str)
 @pytest.mark.parametrize(("HK", "V"), [(2, 20), (6, 44)], ids=["a group", "groups"])
 def test_rows_shared_out_with_the_tiles_of_a_gpu(documents, HK, V, tiled_as_on_a_gpu, monkeypatch):
-    monkeypatch.setattr(kernel, "FEWEST_ROWS", 3)
+    monkeypatch.setattr(kernel, "FEWEST_ROWS", 4)
     assert_near_truth(*inputs_of(sum(documents), HK, 8, V), pack_of(*documents), HK, 8)
 
 
-def test_the_compiled_walk_hands_on_every_window(tmp_path):
-    """Triton decides which names a loop carries from one row to the next; its interpreter, which runs Python, does not."""
+def compiled(folder: Path, *names: str) -> list[str]:
+    """What Triton makes of the cases for an H200, before LLVM has seen it."""
     where = {"env": os.environ | {"TRITON_INTERPRET": "0"}, "cwd": Path(kernel.__file__).parents[2]}
-    words = [sys.executable, "-c", COMPILE_BACKWARD, str(tmp_path)]
-    done = subprocess.run(words, **where, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(folder), *names], **where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (code,) = tmp_path.rglob("backward_kernel.ttir")
-    (carried,) = re.findall(r"scf\.for .* -> \((.*)\) +: i32 \{", code.read_text(encoding="utf-8"))
-    values, row = Counter(re.findall(r"tensor<4x128xf\d\d>|i32(?!>)", carried)), "tensor<4x128xf32>"
-    windows = {row: 3 + 3 + 2, "i32": 2 + 1}  # rows of x and of dp, and the next x and dy; starts, and the next one
-    assert values == windows | {"tensor<4x128xf64>": 4}  # the sums of dw
+    codes = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*_kernel.ttir"))]
+    assert len(codes) == len(names)
+    return codes
 
 
-def test_a_document_has_the_bits_that_it_has_alone():
+def test_the_compiled_walks_hand_on_every_row(tmp_path):
+    """Triton decides which names a loop carries from one step to the next; its interpreter, which runs Python, does not."""
+    codes = compiled(tmp_path, "backward with dw, fp32", "forward, fp32")
+    loops = [re.findall(r"scf\.for .* -> \((.*)\) +: i32 \{", code) for code in codes]
+    carried = [Counter(re.findall(r"tensor<1x128xf\d\d>", values)) for values in itertools.chain(*loops)]
+    rows, sums = {"tensor<1x128xf32>": 3 + 3}, {"tensor<1x128xf64>": 4}  # of x and of dp; of dw
+    forward = {"tensor<1x128xf32>": 3}
+    assert sorted(carried, key=len) == [forward, forward, rows | sums, rows | sums]  # for q and k, and for v
+
+
+def test_no_product_is_left_for_the_compiler_to_fuse(tmp_path):
+    """It would choose for each place in a step alone, so that a row's bits would differ from place to place."""
+    for code in compiled(tmp_path, "forward, bf16", "backward with dw, bf16"):
+        products = set(re.findall(r"(%\S+) = arith\.mulf", code))
+        sums = re.findall(r'(?:arith\.(?:addf|subf)|"tt\.reduce")\(?(.*)', code)
+        assert products and sums and not any(products & set(re.findall(r"%\w+", line)) for line in sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_document_has_the_bits_that_it_has_alone(dtype):
     documents = (37, 1, 1, 18, 40)
     inputs, incoming = inputs_of(sum(documents), 2, 16, 24)
+    inputs, incoming = ([value.detach().to(dtype).requires_grad_() for value in values] for values in (inputs, incoming))
     whole = results(ours, inputs, incoming, pack_of(*documents), 2, 16)
     start = 0
     for length in documents:
@@ -220,7 +242,7 @@ def test_a_frozen_weight_has_no_gradient_computed(monkeypatch):
     (x, weight), incoming = inputs_of(20, 2, 8, 16)
     pack = pack_of(20)
     want = torch.autograd.grad(ours(x, weight, pack, 2, 8), x, incoming)[0]
-    monkeypatch.setattr(kernel.device, "reduce_kernel", None)  # whoever adds up partial sums fails
+    monkeypatch.setattr(kernel.backward, "reduce_kernel", None)  # whoever adds up partial sums fails
     with pytest.raises(TypeError):
         torch.autograd.grad(ours(x, weight, pack, 2, 8), weight, incoming)
     got = torch.autograd.grad(ours(x, weight.detach(), pack, 2, 8), x, incoming)[0]
