@@ -16,12 +16,15 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-TILE = 2048  # elements of a program's tile: 16 a thread in 4 warps, two 16-byte loads of bf16
-TILE_DWEIGHT = 4096  # larger where partial sums are written, so that there are fewer of them
+# Elements of a program's tile and of a warp's share: 8 a thread, so that a tensor is one 16-byte load, and all are on their
+# way before the first is waited for. Where dw is wanted, 16, and STAGES - 1 tiles are fetched ahead into shared memory.
+TILE, ELEMENTS_A_WARP = 1024, 256
+TILE_DWEIGHT, ELEMENTS_A_WARP_DWEIGHT, STAGES = 2048, 512, 3
+BYTES_AHEAD = 48 << 10  # of shared memory at most, which every GPU lets a program have
 TILE_INTERPRETED = 1 << 14  # the interpreter's cost is per program, not per element
-ELEMENTS_A_WARP = 512
-PROGRAMS = 256  # that share the rows where dw is wanted: a constant, so that no device sums in another order
-COLUMNS = 16  # of the partial sums that one program adds up
+# That share the rows where dw is wanted: a constant, so that no device sums in another order; an H200 runs them all at once.
+WARPS_DWEIGHT = 16 * 132
+COLUMNS, WARPS_REDUCE = 8, 8  # of the partial sums that one program adds up: 32 bytes of a row; and its warps
 WIDEST = 1 << 16  # elements of a row, which one program holds in registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -29,7 +32,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @triton.jit
 def _tile(i_tile, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """Rows [BT], columns [BD], which rows exist, and which elements of the tile [BT, BD] do."""
-    o_t = i_tile.to(tl.int64) * BT + tl.arange(0, BT)  # int64: an activation may hold more than 2^31 elements
+    o_t = tl.cast(i_tile, tl.int64) * BT + tl.arange(0, BT)  # int64: an activation may hold more than 2^31 elements
     o_d = tl.arange(0, BD)
     m_t = o_t < T
     return o_t, o_d, m_t, m_t[:, None] & (o_d < D)[None, :]
@@ -48,6 +51,18 @@ def _accurate_exp(b_x):
 
 
 @triton.jit
+def _fast_exp(b_x):
+    """tl.exp without its care for results below fp32's normal range: they are 0, beside the 1 that they are added to."""
+    return tl.exp(b_x) if INTERPRETED else libdevice.fast_expf(b_x)
+
+
+@triton.jit
+def _fast_reciprocal(b_x):
+    """To 2 units in the last place; a result below fp32's normal range, the sigmoid of a gate under -87, is 0."""
+    return 1.0 / b_x if INTERPRETED else libdevice.fast_dividef(1.0, b_x)
+
+
+@triton.jit
 def _sigmoid_and_silu(b_gate, dtype: tl.constexpr):
     """fp32 in and out. For fp32 tensors, whose last bits show it, with the full-precision exp and division."""
     if dtype == tl.float32:
@@ -55,9 +70,16 @@ def _sigmoid_and_silu(b_gate, dtype: tl.constexpr):
         b_sigmoid = tl.div_rn(1.0, b_denominator)
         b_silu = tl.div_rn(b_gate, b_denominator)
     else:
-        b_sigmoid = 1.0 / (1.0 + tl.exp(-b_gate))
+        b_sigmoid = _fast_reciprocal(1.0 + _fast_exp(-b_gate))
         b_silu = b_gate * b_sigmoid
     return b_sigmoid, b_silu
+
+
+@triton.jit
+def _weight(p_weight, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """[BT, BD], every row the same: read as a tile is, and so laid out as a tile is, without a barrier."""
+    o_d = tl.broadcast_to(tl.arange(0, BD)[None, :], [BT, BD])
+    return tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -75,13 +97,13 @@ def _forward_kernel(
     o_t, o_d, m_t, m_tile = _tile(tl.program_id(0), T, D, BT, BD)
     b_x = tl.load(p_x + o_t[:, None] * x_stride + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)  # [BT, BD]
     b_gate = tl.load(p_gate + o_t[:, None] * gate_stride + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)
-    b_weight = tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]  # [1, BD]
+    b_weight = _weight(p_weight, D, BT, BD)
     b_rstd = _rstd(b_x, eps, D, dtype)
-    tl.store(p_rstd + o_t, b_rstd, mask=m_t)
     b_normed = (b_x * b_rstd[:, None]).to(dtype).to(tl.float32)  # rounds where the reference does, here and once more
     b_scaled = (b_weight * b_normed).to(dtype).to(tl.float32)
     _, b_silu = _sigmoid_and_silu(b_gate, dtype)
     tl.store(p_y + o_t[:, None] * D + o_d[None, :], (b_scaled * b_silu).to(dtype), mask=m_tile)
+    tl.store(p_rstd + o_t, b_rstd, mask=m_t)  # last: where it is brought into another layout, warps wait for one another
 
 
 @triton.jit
@@ -113,16 +135,17 @@ def _differentiate_tile(
 def _backward_kernel(
     p_dy, p_x, p_gate, p_weight, p_rstd, p_dx, p_dgate, p_partial, T, tiles, dy_stride, x_stride, gate_stride,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, DWEIGHT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` consecutive tiles a program, 1 without DWEIGHT; p_partial [programs, D] takes each program's share of dw."""
+    """A tile a program; with DWEIGHT each of P has every P-th of `tiles`, and p_partial [P, D] takes its share of dw."""
     i_program = tl.program_id(0)
     o_d = tl.arange(0, BD)
-    b_weight = tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]  # [1, BD]
+    b_weight = _weight(p_weight, D, BT, BD)
     if DWEIGHT:
         b_dweight = _wide(tl.zeros([BT, BD], dtype=tl.float32), p_dx.dtype.element_ty)
-        for i in tl.range(0, tiles):
+        for i_tile in tl.range(i_program, tiles, tl.num_programs(0), num_stages=STAGES):
             b_dweight += _differentiate_tile(
-                p_dy, p_x, p_gate, p_rstd, p_dx, p_dgate, b_weight, i_program * tiles + i, T,
+                p_dy, p_x, p_gate, p_rstd, p_dx, p_dgate, b_weight, i_tile, T,
                 dy_stride, x_stride, gate_stride, D, BT, BD,
             )  # fmt: skip
         o_partial = i_program.to(tl.int64) * D + o_d
@@ -143,11 +166,17 @@ def _reduce_kernel(p_partial, p_dweight, programs, D: tl.constexpr, BP: tl.const
     tl.store(p_dweight + o_c, tl.sum(_wide(b_partial, dtype), axis=0).to(dtype), mask=o_c < D)
 
 
-def tiling(D: int, elements: int) -> dict[str, int]:
-    """A tile of about `elements` in whole rows of D, and its warps. T has no say: a row's bits depend on the row alone."""
+def tiling(D: int, with_dweight: bool) -> dict[str, int]:
+    """A tile of whole rows of D, and its warps. T has no say: a row's bits depend on the row alone."""
+    elements, a_warp = (TILE_DWEIGHT, ELEMENTS_A_WARP_DWEIGHT) if with_dweight else (TILE, ELEMENTS_A_WARP)
     BD = triton.next_power_of_2(D)
     BT = max(1, (TILE_INTERPRETED if INTERPRETED.value else elements) // BD)
-    return {"BT": BT, "BD": BD, "num_warps": min(max(BT * BD // ELEMENTS_A_WARP, 1), 16)}
+    return {"BT": BT, "BD": BD, "num_warps": min(max(BT * BD // a_warp, 1), 16)}
+
+
+def stages(tile: dict[str, int], dtype: torch.dtype) -> int:
+    """Tiles of dy, x and a third tensor that are in work or on their way at once where dw is wanted."""
+    return 1 + min(STAGES - 1, BYTES_AHEAD // (3 * tile["BT"] * tile["BD"] * dtype.itemsize))
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -170,7 +199,7 @@ def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     if x.numel() == 0:
         return y, rstd
     rows, gates, D = _rows(x), _rows(gate), x.shape[-1]
-    tile, T = tiling(D, TILE), rows.shape[0]
+    tile, T = tiling(D, False), rows.shape[0]
     with _on_device(x):
         _forward_kernel[(triton.cdiv(T, tile["BT"]),)](
             rows, gates, weight.contiguous(), y, rstd, T, rows.stride(0), gates.stride(0), eps, D=D, **tile
@@ -192,19 +221,18 @@ def _backward(
         return dx, dgate, torch.zeros(weight.shape if with_dweight else 0, dtype=weight.dtype, device=x.device)
     dweight = torch.empty(weight.shape if with_dweight else 0, dtype=weight.dtype, device=x.device)
     dy, rows, gates, D = _rows(dy), _rows(x), _rows(gate), x.shape[-1]
-    tile = tiling(D, TILE_DWEIGHT if with_dweight else TILE)
-    blocks = triton.cdiv(rows.shape[0], tile["BT"])
-    tiles = triton.cdiv(blocks, PROGRAMS) if with_dweight else 1
-    programs = triton.cdiv(blocks, tiles)
+    tile = tiling(D, with_dweight)
+    tiles = triton.cdiv(rows.shape[0], tile["BT"])
+    programs = min(tiles, max(WARPS_DWEIGHT // tile["num_warps"], 1)) if with_dweight else tiles
     partial = torch.empty((programs, D) if with_dweight else 0, dtype=torch.float32, device=x.device)
     with _on_device(x):
         _backward_kernel[(programs,)](
             dy, rows, gates, weight.contiguous(), rstd, dx, dgate, partial, rows.shape[0], tiles,
-            dy.stride(0), rows.stride(0), gates.stride(0), D=D, DWEIGHT=with_dweight, **tile,
+            dy.stride(0), rows.stride(0), gates.stride(0), D=D, DWEIGHT=with_dweight, STAGES=stages(tile, x.dtype), **tile,
         )  # fmt: skip
         if with_dweight:
             _reduce_kernel[(triton.cdiv(D, COLUMNS),)](
-                partial, dweight, programs, D=D, BP=triton.next_power_of_2(programs), BC=COLUMNS
+                partial, dweight, programs, D=D, BP=triton.next_power_of_2(programs), BC=COLUMNS, num_warps=WARPS_REDUCE
             )
     return dx, dgate, dweight
 

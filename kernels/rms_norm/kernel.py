@@ -15,12 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-TILE = 2048  # elements of a program's tile: 16 a thread in 4 warps, two 16-byte loads of bf16
-TILE_DWEIGHT = 4096  # larger where partial sums are written, so that there are fewer of them
+# Elements of a program's tile and of a warp's share: 8 a thread, so that a tensor is one 16-byte load, and all are on their
+# way before the first is waited for. Where dw is wanted, 16, and STAGES - 1 tiles are fetched ahead into shared memory.
+TILE, ELEMENTS_A_WARP = 1024, 256
+TILE_DWEIGHT, ELEMENTS_A_WARP_DWEIGHT, STAGES = 2048, 512, 3
+BYTES_AHEAD = 48 << 10  # of shared memory at most, which every GPU lets a program have
 TILE_INTERPRETED = 1 << 14  # the interpreter's cost is per program, not per element
-ELEMENTS_A_WARP = 512
-PROGRAMS = 256  # that share the rows where dw is wanted: a constant, so that no device sums in another order
-COLUMNS = 16  # of the partial sums that one program adds up
+# That share the rows where dw is wanted: a constant, so that no device sums in another order; an H200 runs them all at once.
+WARPS_DWEIGHT = 16 * 132
+COLUMNS, WARPS_REDUCE = 8, 8  # of the partial sums that one program adds up: 32 bytes of a row; and its warps
 WIDEST = 1 << 16  # elements of a row, which one program holds in registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -28,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @triton.jit
 def _tile(i_tile, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """Rows [BT], columns [BD], which rows exist, and which elements of the tile [BT, BD] do."""
-    o_t = i_tile.to(tl.int64) * BT + tl.arange(0, BT)  # int64: an activation may hold more than 2^31 elements
+    o_t = tl.cast(i_tile, tl.int64) * BT + tl.arange(0, BT)  # int64: an activation may hold more than 2^31 elements
     o_d = tl.arange(0, BD)
     m_t = o_t < T
     return o_t, o_d, m_t, m_t[:, None] & (o_d < D)[None, :]
@@ -48,8 +51,10 @@ def _rstd(b_x, eps, D: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scale(p_weight, o_d, D: tl.constexpr, ZERO_CENTRED: tl.constexpr):
-    b_weight = tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)  # [BD]
+def _scale(p_weight, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ZERO_CENTRED: tl.constexpr):
+    """[BT, BD], every row the same: read as a tile is, and so laid out as a tile is, without a barrier."""
+    o_d = tl.broadcast_to(tl.arange(0, BD)[None, :], [BT, BD])
+    b_weight = tl.load(p_weight + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     return 1.0 + b_weight if ZERO_CENTRED else b_weight
 
 
@@ -61,6 +66,7 @@ def _forward_kernel(
     dtype = p_y.dtype.element_ty
     o_t, o_d, m_t, m_tile = _tile(tl.program_id(0), T, D, BT, BD)
     o_tile = o_t[:, None] * D + o_d[None, :]
+    b_scale = _scale(p_weight, D, BT, BD, ZERO_CENTRED)
     b_x = tl.load(p_x + o_t[:, None] * x_stride + o_d[None, :], mask=m_tile, other=0.0).to(tl.float32)  # [BT, BD]
     if ADD:
         b_residual = tl.load(p_residual + o_t[:, None] * residual_stride + o_d[None, :], mask=m_tile, other=0.0)
@@ -68,12 +74,11 @@ def _forward_kernel(
         tl.store(p_sum + o_tile, b_sum, mask=m_tile)
         b_x = b_sum.to(tl.float32)  # the norm sees the rounded sum, as the reference's does
     b_rstd = _rstd(b_x, eps, D, dtype)
-    tl.store(p_rstd + o_t, b_rstd, mask=m_t)
     b_normed = b_x * b_rstd[:, None]
     if not ZERO_CENTRED:
         b_normed = b_normed.to(dtype).to(tl.float32)  # where the reference rounds
-    b_y = b_normed * _scale(p_weight, o_d, D, ZERO_CENTRED)[None, :]
-    tl.store(p_y + o_tile, b_y.to(dtype), mask=m_tile)
+    tl.store(p_y + o_tile, (b_normed * b_scale).to(dtype), mask=m_tile)
+    tl.store(p_rstd + o_t, b_rstd, mask=m_t)  # last: where it is brought into another layout, warps wait for one another
 
 
 @triton.jit
@@ -90,7 +95,7 @@ def _differentiate_tile(
         b_dsum = tl.load(p_dsum + o_t[:, None] * dsum_stride + o_d[None, :], mask=m_tile, other=0.0)
     b_rstd = tl.load(p_rstd + o_t, mask=m_t, other=0.0)[:, None]
     b_normed = b_x * b_rstd
-    b_c = b_dy * b_scale[None, :]
+    b_c = b_dy * b_scale
     b_mean = (tl.sum(_wide(b_c, dtype) * _wide(b_normed, dtype), axis=1) / D).to(tl.float32)
     b_dx = b_rstd * (b_c - b_normed * b_mean[:, None])
     if ADD:
@@ -102,20 +107,18 @@ def _differentiate_tile(
 @triton.jit
 def _backward_kernel(
     p_dy, p_dsum, p_x, p_weight, p_rstd, p_dx, p_partial, T, tiles, dy_stride, dsum_stride, x_stride,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    ZERO_CENTRED: tl.constexpr, ADD: tl.constexpr, DWEIGHT: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, ZERO_CENTRED: tl.constexpr, ADD: tl.constexpr,
+    DWEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` consecutive tiles a program, 1 without DWEIGHT; p_partial [programs, D] takes each program's share of dw."""
-    i_program = tl.program_id(0)
-    o_d = tl.arange(0, BD)
-    b_scale = _scale(p_weight, o_d, D, ZERO_CENTRED)
+    """A tile a program; with DWEIGHT each of P has every P-th of `tiles`, and p_partial [P, D] takes its share of dw."""
+    i_program, o_d = tl.program_id(0), tl.arange(0, BD)
+    b_scale = _scale(p_weight, D, BT, BD, ZERO_CENTRED)
     if DWEIGHT:
         b_dweight = _wide(tl.zeros([BT, BD], dtype=tl.float32), p_dx.dtype.element_ty)
-        for i in tl.range(0, tiles):
+        for i_tile in tl.range(i_program, tiles, tl.num_programs(0), num_stages=STAGES):
             b_dweight += _differentiate_tile(
-                p_dy, p_dsum, p_x, p_rstd, p_dx, b_scale, i_program * tiles + i, T, dy_stride, dsum_stride, x_stride,
-                D, BT, BD, ADD,
-            )  # fmt: skip
+                p_dy, p_dsum, p_x, p_rstd, p_dx, b_scale, i_tile, T, dy_stride, dsum_stride, x_stride, D, BT, BD, ADD
+            )
         tl.store(p_partial + i_program.to(tl.int64) * D + o_d, tl.sum(b_dweight, axis=0).to(tl.float32), mask=o_d < D)
     else:
         _differentiate_tile(
@@ -133,11 +136,17 @@ def _reduce_kernel(p_partial, p_dweight, programs, D: tl.constexpr, BP: tl.const
     tl.store(p_dweight + o_c, tl.sum(_wide(b_partial, dtype), axis=0).to(dtype), mask=o_c < D)
 
 
-def tiling(D: int, elements: int) -> dict[str, int]:
-    """A tile of about `elements` in whole rows of D, and its warps. T has no say: a row's bits depend on the row alone."""
+def tiling(D: int, with_dweight: bool) -> dict[str, int]:
+    """A tile of whole rows of D, and its warps. T has no say: a row's bits depend on the row alone."""
+    elements, a_warp = (TILE_DWEIGHT, ELEMENTS_A_WARP_DWEIGHT) if with_dweight else (TILE, ELEMENTS_A_WARP)
     BD = triton.next_power_of_2(D)
     BT = max(1, (TILE_INTERPRETED if INTERPRETED.value else elements) // BD)
-    return {"BT": BT, "BD": BD, "num_warps": min(max(BT * BD // ELEMENTS_A_WARP, 1), 16)}
+    return {"BT": BT, "BD": BD, "num_warps": min(max(BT * BD // a_warp, 1), 16)}
+
+
+def stages(tile: dict[str, int], dtype: torch.dtype) -> int:
+    """Tiles of dy, x and a third tensor that are in work or on their way at once where dw is wanted."""
+    return 1 + min(STAGES - 1, BYTES_AHEAD // (3 * tile["BT"] * tile["BD"] * dtype.itemsize))
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -156,8 +165,7 @@ def _run_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     if x.numel() == 0:
         return made
     rows, D = _rows(x), x.shape[-1]
-    other = rows if residual is None else _rows(residual)
-    tile, T = tiling(D, TILE), rows.shape[0]
+    tile, T, other = tiling(D, False), rows.shape[0], rows if residual is None else _rows(residual)
     with _on_device(x):
         _forward_kernel[(triton.cdiv(T, tile["BT"]),)](
             rows, other, weight.contiguous(), total[0] if total else y, y, rstd, T, rows.stride(0), other.stride(0), eps,
@@ -177,9 +185,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple
     return tuple(_run_forward(x, None, weight, eps, zero_centred))
 
 
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor]:
-    return tuple(_empty_forward(x, None))
+_forward.register_fake(lambda x, weight, eps, zero_centred: tuple(_empty_forward(x, None)))
 
 
 @torch.library.custom_op("isoloss::add_rms_norm", mutates_args=())
@@ -189,53 +195,47 @@ def _add_forward(
     return tuple(_run_forward(x, residual, weight, eps, zero_centred))
 
 
-@_add_forward.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_empty_forward(x, residual))
+_add_forward.register_fake(lambda x, residual, weight, eps, zero_centred: tuple(_empty_forward(x, residual)))
 
 
 @torch.library.custom_op("isoloss::rms_norm_backward", mutates_args=())
 def _backward(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool, with_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx, dweight = _empty_backward(x, weight, with_dweight)
     if x.numel() == 0:
-        return dx, torch.zeros(weight.shape if with_dweight else 0, dtype=weight.dtype, device=x.device)
-    dweight = torch.empty(weight.shape if with_dweight else 0, dtype=weight.dtype, device=x.device)
+        return dx, dweight.zero_()
     dy, rows, D = _rows(dy), _rows(x), x.shape[-1]
-    dsum_rows = dy if dsum is None else _rows(dsum)
-    tile = tiling(D, TILE_DWEIGHT if with_dweight else TILE)
-    blocks = triton.cdiv(rows.shape[0], tile["BT"])
-    tiles = triton.cdiv(blocks, PROGRAMS) if with_dweight else 1
-    programs = triton.cdiv(blocks, tiles)
+    dsum_rows, tile = dy if dsum is None else _rows(dsum), tiling(D, with_dweight)
+    tiles = triton.cdiv(rows.shape[0], tile["BT"])
+    programs = min(tiles, max(WARPS_DWEIGHT // tile["num_warps"], 1)) if with_dweight else tiles
     partial = torch.empty((programs, D) if with_dweight else 0, dtype=torch.float32, device=x.device)
     with _on_device(x):
         _backward_kernel[(programs,)](
             dy, dsum_rows, rows, weight.contiguous(), rstd, dx, partial, rows.shape[0], tiles,
             dy.stride(0), dsum_rows.stride(0), rows.stride(0),
-            D=D, ZERO_CENTRED=zero_centred, ADD=dsum is not None, DWEIGHT=with_dweight, **tile,
+            D=D, ZERO_CENTRED=zero_centred, ADD=dsum is not None, DWEIGHT=with_dweight, STAGES=stages(tile, x.dtype), **tile,
         )  # fmt: skip
         if with_dweight:
             _reduce_kernel[(triton.cdiv(D, COLUMNS),)](
-                partial, dweight, programs, D=D, BP=triton.next_power_of_2(programs), BC=COLUMNS
+                partial, dweight, programs, D=D, BP=triton.next_power_of_2(programs), BC=COLUMNS, num_warps=WARPS_REDUCE
             )
     return dx, dweight
 
 
-@_backward.register_fake
-def _(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool, with_dweight: bool
-) -> tuple[Tensor, Tensor]:
+def _empty_backward(x: Tensor, weight: Tensor, with_dweight: bool) -> tuple[Tensor, Tensor]:
     dweight = torch.empty(weight.shape if with_dweight else 0, dtype=weight.dtype, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), dweight
 
 
+_backward.register_fake(lambda dy, dsum, x, weight, rstd, zero_centred, wanted: _empty_backward(x, weight, wanted))
+
+
 def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     """For both ops: x, or the sum in its place, rstd and the weight."""
-    rstd = output[1]
-    ctx.save_for_backward(output[2] if len(output) == 3 else inputs[0], inputs[-3], rstd)
+    ctx.save_for_backward(output[2] if len(output) == 3 else inputs[0], inputs[-3], output[1])
     ctx.zero_centred = inputs[-1]
-    ctx.mark_non_differentiable(rstd)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 

@@ -17,21 +17,47 @@ from torch import Tensor
 from . import device
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-TILE = 2048  # elements of a program's tile: 16 a thread in 4 warps, two 16-byte loads of bf16
-TILE_DWEIGHT = 4096  # larger where partial sums are written, so that there are fewer of them
+# Elements of a program's tile and of a warp's share: 16 a thread, 8 of each half of a row, so that a tensor is two 16-byte
+# loads. Where dw is wanted, STAGES - 1 tiles are fetched ahead into shared memory.
+TILE, ELEMENTS_A_WARP = 2048, 512
+TILE_DWEIGHT, ELEMENTS_A_WARP_DWEIGHT, STAGES = 2048, 512, 3
+BYTES_AHEAD = 48 << 10  # of shared memory at most, which every GPU lets a program have
+# With a budget ptxas has all loads on their way before it waits for one; left alone it puts some off, to save registers.
+REGISTERS = 64
 TILE_INTERPRETED = 1 << 14  # the interpreter's cost is per program, not per element
-ELEMENTS_A_WARP = 512
-PROGRAMS = 256  # that share the rows where dw is wanted: a constant, so that no device sums in another order
-COLUMNS = 16  # of the partial sums that one program adds up
+# That share the rows where dw is wanted: a constant, so that no device sums in another order; an H200 runs them all at once.
+WARPS_DWEIGHT = 16 * 132
+COLUMNS, WARPS_REDUCE = 8, 8  # of the partial sums that one program adds up: 32 bytes of a row; and its warps
 WIDEST = 1 << 12  # elements of a head, which one program holds in registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def tiling(D: int, J: int, elements: int) -> dict[str, int]:
-    """A tile of about `elements` in whole rows of D, and its warps. T has no say: a row's bits depend on the row alone."""
-    G, BJ = triton.next_power_of_2(triton.cdiv(D, J)), triton.next_power_of_2(J)
-    BT = max(1, (TILE_INTERPRETED if INTERPRETED else elements) // (G * BJ))
-    return {"BT": BT, "J": J, "G": G, "BJ": BJ, "num_warps": min(max(BT * G * BJ // ELEMENTS_A_WARP, 1), 16)}
+def tiling(D: int, J: int, with_dweight: bool) -> dict[str, int]:
+    """A tile of whole rows of D, each in two halves, and its warps. T has no say: a row's bits depend on the row alone."""
+    elements, a_warp = (TILE_DWEIGHT, ELEMENTS_A_WARP_DWEIGHT) if with_dweight else (TILE, ELEMENTS_A_WARP)
+    HALF = J + triton.cdiv(D - 2 * J, 2)
+    BH = triton.next_power_of_2(HALF)
+    BT = max(1, (TILE_INTERPRETED if INTERPRETED else elements) // (2 * BH))
+    together = D | J | HALF
+    VEC = min(together & -together, 16)  # the largest power of two that divides all of them
+    return {"BT": BT, "J": J, "HALF": HALF, "BH": BH, "VEC": VEC, "num_warps": min(max(BT * 2 * BH // a_warp, 1), 16)}
+
+
+def budget(tile: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """Launch options where dw is not wanted. fp32 tensors, whose sums are fp64, and narrow loads need more registers."""
+    return {"maxnreg": REGISTERS} if dtype.itemsize == 2 and tile["VEC"] >= 8 else {}
+
+
+def stages(tile: dict[str, int], dtype: torch.dtype) -> int:
+    """Tiles of gradient, heads, cosine and sine that are in work or on their way at once where dw is wanted."""
+    return 1 + min(STAGES - 1, BYTES_AHEAD // (4 * tile["BT"] * 2 * tile["BH"] * dtype.itemsize))
+
+
+def _shares(q_tiles: int, k_tiles: int, warps: int) -> tuple[int, int]:
+    """Programs that share the query's tiles and programs that share the key's, where dw is wanted."""
+    programs = max(WARPS_DWEIGHT // warps, 2)
+    of_query = min(max(programs * q_tiles // (q_tiles + k_tiles), 1), programs - 1)
+    return min(of_query, q_tiles), min(programs - of_query, k_tiles)
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -62,12 +88,13 @@ def _forward(
         return made
     q, k, cos, sin = _by_position(query), _by_position(key), cos.contiguous(), sin.contiguous()
     (T, H, D), KV = q.shape, k.shape[1]
-    tile = tiling(D, cos.shape[-1] // 2, TILE)
+    tile = tiling(D, cos.shape[-1] // 2, False)
     q_tiles, k_tiles = triton.cdiv(T * H, tile["BT"]), triton.cdiv(T * KV, tile["BT"])
     with _on_device(q):
         device.forward_kernel[(q_tiles + k_tiles,)](
             q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, *made, T, q_tiles,
-            *q.stride()[:2], *k.stride()[:2], eps, H=H, KV=KV, D=D, ZERO_CENTRED=zero_centred, **tile,
+            *q.stride()[:2], *k.stride()[:2], eps,
+            H=H, KV=KV, D=D, ZERO_CENTRED=zero_centred, **tile, **budget(tile, q.dtype),
         )  # fmt: skip
     return made
 
@@ -89,22 +116,25 @@ def _backward(
         return dq, dk, dqw.zero_(), dkw.zero_()
     dq_out, dk_out, q, k = (_by_position(x) for x in (dq_out, dk_out, query, key))
     cos, sin, (T, H, D), KV = cos.contiguous(), sin.contiguous(), q.shape, k.shape[1]
-    tile = tiling(D, cos.shape[-1] // 2, TILE_DWEIGHT if with_dweight else TILE)
-    q_tiles, k_tiles = triton.cdiv(T * H, tile["BT"]), triton.cdiv(T * KV, tile["BT"])
-    tiles = triton.cdiv(q_tiles + k_tiles, PROGRAMS) if with_dweight else 1
-    q_programs = triton.cdiv(q_tiles, tiles)
-    programs = q_programs + triton.cdiv(k_tiles, tiles)
+    tile = tiling(D, cos.shape[-1] // 2, with_dweight)
+    tiles = triton.cdiv(T * H, tile["BT"]), triton.cdiv(T * KV, tile["BT"])
+    q_programs, k_programs = _shares(*tiles, tile["num_warps"]) if with_dweight else tiles
+    programs = q_programs + k_programs
+    options = {} if with_dweight else budget(tile, q.dtype)
     partial = torch.empty((programs, D) if with_dweight else 0, dtype=torch.float32, device=q.device)
     with _on_device(q):
         device.backward_kernel[(programs,)](
             dq_out, dk_out, q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_rstd, k_rstd, dq, dk, partial,
-            T, q_programs, tiles, *(stride for x in (dq_out, dk_out, q, k) for stride in x.stride()[:2]),
-            H=H, KV=KV, D=D, ZERO_CENTRED=zero_centred, DWEIGHT=with_dweight, **tile,
+            T, *tiles, q_programs, k_programs,
+            *(stride for x in (dq_out, dk_out, q, k) for stride in x.stride()[:2]),
+            H=H, KV=KV, D=D, ZERO_CENTRED=zero_centred, DWEIGHT=with_dweight, STAGES=stages(tile, q.dtype),
+            **tile, **options,
         )  # fmt: skip
         if with_dweight:
             device.reduce_kernel[(triton.cdiv(D, COLUMNS), 2)](
-                partial, dqw, dkw, q_programs, programs, D=D, BP=triton.next_power_of_2(programs), BC=COLUMNS
-            )
+                partial, dqw, dkw, q_programs, programs,
+                D=D, BP=triton.next_power_of_2(programs), BC=COLUMNS, num_warps=WARPS_REDUCE,
+            )  # fmt: skip
     return made
 
 

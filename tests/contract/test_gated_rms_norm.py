@@ -64,11 +64,21 @@ def test_shapes_that_no_block_divides(T, D):
     assert report.passed, report.verdict.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [8, 128, 256, 2048, 65536])
+def test_tiles_fetched_ahead_fit_in_shared_memory(D, dtype, monkeypatch):
+    monkeypatch.setattr(kernel, "TILE_INTERPRETED", kernel.TILE_DWEIGHT)
+    tile = kernel.tiling(D, True)
+    stages = kernel.stages(tile, dtype)
+    assert 1 <= stages <= kernel.STAGES and (stages - 1) * 3 * tile["BT"] * tile["BD"] * dtype.itemsize <= 48 * 1024
+    assert D > 256 or dtype is torch.float32 or stages == kernel.STAGES
+
+
 @pytest.mark.parametrize(("T", "D"), [(1, 1), (1, 7), (1, 24), (8, 24), (9, 24), (71, 24)], ids=str)
 def test_rows_shared_out_over_programs_and_tiles(T, D, monkeypatch):
     for constant in ("TILE", "TILE_DWEIGHT", "TILE_INTERPRETED"):
         monkeypatch.setattr(kernel, constant, 64)  # 2 rows of 24, 32 wide, a tile
-    monkeypatch.setattr(kernel, "PROGRAMS", 3)
+    monkeypatch.setattr(kernel, "WARPS_DWEIGHT", 3)
     assert_near_truth(inputs_of(T, D), drawn(T, D, seed=3).detach())
 
 

@@ -93,9 +93,29 @@ def test_shapes_that_no_block_divides(sizes, zero_centred):
 def test_rows_shared_out_over_programs_and_tiles(B, L, H, KV, R, monkeypatch):
     for constant in ("TILE", "TILE_DWEIGHT", "TILE_INTERPRETED"):
         monkeypatch.setattr(kernel, constant, 64)
-    monkeypatch.setattr(kernel, "PROGRAMS", 3)
+    monkeypatch.setattr(kernel, "WARPS_DWEIGHT", 3)
     inputs = inputs_of(B, L, H, KV, 27)
     assert_near_truth(inputs, angles_of(B, L, R), incoming_of(*inputs[:2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [8, 128, 256, 2048, 4096])
+def test_tiles_fetched_ahead_fit_in_shared_memory(D, dtype, monkeypatch):
+    monkeypatch.setattr(kernel, "TILE_INTERPRETED", kernel.TILE_DWEIGHT)
+    tile = kernel.tiling(D, D // 4, True)
+    stages = kernel.stages(tile, dtype)
+    assert 1 <= stages <= kernel.STAGES and (stages - 1) * 4 * tile["BT"] * 2 * tile["BH"] * dtype.itemsize <= 48 * 1024
+    assert D > 256 or dtype is torch.float32 or stages == kernel.STAGES
+
+
+@pytest.mark.parametrize(("D", "J", "vector"), [(256, 32, 16), (128, 64, 16), (24, 4, 4), (27, 3, 1), (44, 6, 2)])
+def test_halves_of_a_head_hold_every_column_once(D, J, vector):
+    tile = kernel.tiling(D, J, False)
+    low = [i if i < J else i + J for i in range(tile["HALF"])]
+    high = [i + J if i < J else i + tile["HALF"] for i in range(D - tile["HALF"])]
+    assert sorted(low + high) == list(range(D)) and tile["BH"] >= tile["HALF"] >= D - tile["HALF"] >= J
+    assert tile["VEC"] == vector and all(half[i] + 1 == half[i + 1] for half in (low, high)
+                                         for i in range(len(half) - 1) if (i + 1) % vector)  # fmt: skip
 
 
 @NORMS
