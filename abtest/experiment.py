@@ -19,7 +19,7 @@ from abtest.arm import Arm, ArmFailed, ArmSpec
 from abtest.census import changes
 from abtest.evidence import Evidence, noise_floor
 from abtest.gradients import Comparison, compare
-from abtest.mps import with_share
+from abtest.mps import behind_others
 from abtest.settings import GateConfig, OnProgress
 from abtest.tripwire import read_distances, read_tripwire
 from abtest.truths import Truths
@@ -29,8 +29,6 @@ from loop.config import Config
 
 RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm
 TRIPWIRE_PROBES = 3
-# Per cent of the GPU for the oracle, whose fp32 products would otherwise be in the way of each of the others' small kernels.
-ORACLE_SHARE = 60
 STRUCTURE_PROBES = (0, 1, 2)  # a real pack, a tricky one, two rows
 # Replicas recompute nothing where memory allows it: their losses are the reference's, and they take a third less time.
 UNCHECKPOINTED = "keep_activations"
@@ -48,6 +46,12 @@ class Candidate:
     evidence: Evidence | None
     compared: dict[str, Comparison] = field(default_factory=dict)
     trace: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _same_start(build: dict[str, Any], other: dict[str, Any], who: str) -> None:
+    """Raises ArmFailed unless both begin with the same weights, trained and frozen: a comparison would mean nothing."""
+    if (build["weights"], build["frozen"]) != (other["weights"], other["frozen"]):
+        raise ArmFailed(f"{who} does not begin with the same weights as stock")
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ class Experiment:
     def _arm(self, spec: ArmSpec) -> Arm:
         """An arm's process, and one more for the arm after it: importing takes as long as gating a small model."""
         with self.starting:
-            if spec.exact:  # its share of the GPU is settled when its process starts
-                arm = Arm(spec, self.folder, with_share(self.environment, ORACLE_SHARE))
+            if spec.exact:  # its fp32 products would be in the way of each of the others' small kernels
+                arm = Arm(spec, self.folder, behind_others(self.environment))
                 arm.seconds = self.calls
                 return arm
             arm = self.spare or Arm(spec, self.folder, self.environment)
@@ -136,7 +140,8 @@ class Experiment:
         began = time.monotonic()
         reference = self.reference_arm
         self.repeat_arm = self._arm(ArmSpec("stock again", self.config, self.base))
-        build, _, again = self._together(reference.build, self.truths.build, self.repeat_arm.build)
+        build, exact, again = self._together(reference.build, self.truths.build, self.repeat_arm.build)
+        _same_start(build, exact, "the oracle")
         if build["state_bytes"] <= RESYNC_BYTES:
             self.resync = {
                 str(s): str(self.folder / f"resync-{s}.safetensors") for s in states.resync_steps(self.settings.steps)
@@ -242,9 +247,7 @@ class Experiment:
         """A process to kick: the repeat's, which is there anyway and is built anew behind it, or one of its own."""
         if lane == 0 and optimizations == self.base:
             yield self.repeat_arm
-            before, after = self.repeat.build, self.repeat_arm.build()
-            if (before["weights"], before["frozen"]) != (after["weights"], after["frozen"]):
-                raise ArmFailed("stock, built again, does not begin with the same weights")
+            _same_start(self.repeat.build, self.repeat_arm.build(), "stock, built again,")
         else:
             with self._arm(ArmSpec(f"replicas {lane + 1}", self.config, optimizations)) as arm:
                 arm.build()

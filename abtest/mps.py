@@ -18,7 +18,7 @@ from pathlib import Path
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPE, LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+PRIORITY = "CUDA_MPS_CLIENT_PRIORITY"
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 30  # for the service to answer
 # What an arm keeps in pieces that it can't use, the others on its GPU can't have.
@@ -50,10 +50,14 @@ def environment_of_arms(variables: dict[str, str]) -> dict[str, str]:
     return MEMORY | dict(os.environ) | variables
 
 
-def with_share(environment: dict[str, str], percent: int) -> dict[str, str]:
-    """`environment` of a process that may use at most so many per cent of the GPU's multiprocessors; of all of them where
-    the service is not there. A share that the user has set stays."""
-    return {SHARE: str(percent)} | environment
+def behind_others(environment: dict[str, str]) -> dict[str, str]:
+    """`environment` of a process whose kernels get multiprocessors after those of others. No effect where the service is not
+    there. A priority that the user has set stays.
+
+    A share of the multiprocessors would do more, but a process with a share sees fewer of them, and PyTorch then draws other
+    random weights: its generators' streams are laid out for the multiprocessors that there are.
+    """
+    return {PRIORITY: "1"} | environment
 
 
 def joined(variables: dict[str, str]) -> bool:

@@ -31,10 +31,10 @@ class Truths:
         """What names a state's probes and weights to an arm."""
         return {"state": state, "weights": self.weights[state], "count": self.settings.probes, "seed": self.settings.seed}
 
-    def build(self) -> None:
-        """Starts the oracle and builds its model."""
+    def build(self) -> dict[str, Any]:
+        """Starts the oracle and builds its model, which answers as any arm does, before its weights are raised."""
         self.arm = self.start()
-        self.arm.build()
+        return self.arm.build()
 
     def end(self) -> None:
         """Ends the oracle's process; it starts again should a file be missing."""

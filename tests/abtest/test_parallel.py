@@ -17,9 +17,9 @@ from tiny import CONFIG as TINY
 from abtest import sensitivity
 from abtest.arm import ArmFailed, ArmSpec
 from abtest.evidence import Evidence
-from abtest.experiment import ORACLE_SHARE, UNCHECKPOINTED, Experiment
+from abtest.experiment import UNCHECKPOINTED, Experiment
 from abtest.in_process import InProcessExperiment
-from abtest.mps import SHARE
+from abtest.mps import PRIORITY
 from abtest.settings import GateConfig
 from abtest.verdict import Level
 from kernels.contract import Exactness
@@ -149,13 +149,21 @@ def test_stock_that_begins_otherwise_once_built_again_is_no_reference(experiment
         experiment._replicas_with(())
 
 
-def test_the_oracle_has_a_share_of_the_gpu_and_nobody_else_has(experiment):
-    """Its process is its own: a share is settled when a process starts, and the spare one started without."""
+def test_an_oracle_of_other_weights_is_none(experiment, monkeypatch):
+    """As random weights drawn on a GPU of which a process sees a part are."""
+    build = experiment.truths.build
+    monkeypatch.setattr(experiment.truths, "build", lambda: build() | {"frozen": "other"})
+    with pytest.raises(ArmFailed, match="the oracle does not begin with the same weights as stock"):
+        experiment.prepare(FIRST)
+
+
+def test_the_oracle_stands_behind_the_others(experiment):
+    """Its process is its own: a priority is settled when a process starts, and the spare one started without."""
     spare = experiment.spare
     oracle, after = experiment._arm(ArmSpec("oracle", CONFIG, exact=True)), experiment._arm(ArmSpec("next", CONFIG))
     with oracle, after:
         assert after is spare and oracle is not spare
-        assert f"{SHARE}={ORACLE_SHARE}" in environment_of(oracle) and SHARE not in "".join(environment_of(after))
+        assert f"{PRIORITY}=1" in environment_of(oracle) and PRIORITY not in "".join(environment_of(after))
 
 
 def environment_of(arm) -> list[str]:
