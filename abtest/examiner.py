@@ -60,6 +60,8 @@ class Examiner:
             batch = self._probe(state, 0, count, seed)[0]
             findings = [dataclasses.asdict(finding) for finding in dropout.examine(run, batch, self.step)]
         report = check_update(run, seed)
+        del run
+        self._release()
         return {
             "error": report.error, "name": report.name, "problems": list(report.problems), "limit": UPDATE,
             "findings": findings,
@@ -79,6 +81,7 @@ class Examiner:
         gradients(self.run, probe)  # kernels are compiled, graphs captured
         answer = work(lambda: _accumulate(self.run, probe), cuda)
         self.run.optimizer.zero_grad()
+        self._release()
         return answer
 
     def op_checks(self, optimizations: list[str], device: str) -> dict:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +25,12 @@ from abtest.truths import Truths
 from abtest.verdict import Level, Verdict
 from kernels.contract import Exactness
 from loop.config import Config
+from loop.model import resolve_device
 
 RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm
 TRIPWIRE_PROBES = 3
 STRUCTURE_PROBES = (0, 1, 2)  # a real pack, a tricky one, two rows
-# Replicas recompute nothing where memory allows it: their losses are the reference's, and they take a third less time.
+# Replicas recompute nothing where memory allows it: their losses are the reference's, and they take a quarter less time.
 UNCHECKPOINTED = "keep_activations"
 
 
@@ -83,12 +83,11 @@ class Experiment:
         self.resync: dict[str, str] = {}
         self.spare: Arm | None = None
         self.repeat_arm: Arm | None = None
-        self.lanes = max(settings.parallel // 2, 1)  # processes that train kicked references
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, float] = {}  # seconds an arm took over a command, "stock: overfit" for example
         self.early: dict[ArmSpec, _Collected] = {}
         self.starting = threading.Lock()
-        self.trained, self.memorised_by_heart = threading.Event(), threading.Event()
+        self.trained, self.memorised_by_heart, self.exact_through = (threading.Event() for _ in range(3))
         self.reference_arm = self._arm(ArmSpec("stock", config, base))
         self.truths = Truths(lambda: self._arm(ArmSpec("oracle", config, exact=True)), settings, self.weights, on_progress)
 
@@ -109,12 +108,13 @@ class Experiment:
     def _arm(self, spec: ArmSpec) -> Arm:
         """An arm's process, and one more for the arm after it: importing takes as long as gating a small model."""
         with self.starting:
-            if spec.exact:  # its fp32 products would be in the way of each of the others' small kernels
-                arm = Arm(spec, self.folder, behind_others(self.environment))
+            if spec.exact:  # what the others wait for
+                arm = Arm(spec, self.folder, self.environment)
                 arm.seconds = self.calls
                 return arm
-            arm = self.spare or Arm(spec, self.folder, self.environment)
-            self.spare = Arm(ArmSpec(f"after {spec.name}", self.config), self.folder, self.environment)
+            behind = behind_others(self.environment)
+            arm = self.spare or Arm(spec, self.folder, behind)
+            self.spare = Arm(ArmSpec(f"after {spec.name}", self.config), self.folder, behind)
         arm.spec, arm.seconds = spec, self.calls
         return arm
 
@@ -148,25 +148,22 @@ class Experiment:
             }
         reference.call("save_weights", path=self.weights[self.states[0]])
         beside = first is not None and self.settings.parallel > 1
-        tasks = [
-            lambda: self._reference_evidence(build),
-            self._exact,
-            lambda: self._repeat(again, timed, roomy=not beside and self.lanes == 1),
-        ]
+        # In the order in which memory is best given out: whoever comes last begins when the oracle has made room.
+        tasks = [lambda: self._reference_evidence(build), self._exact, lambda: self._repeat(again, timed), self._replicas]
         if beside:
             tasks.append(lambda: self._collect_early(first))
-        reference, _, gradients, *_ = self._together(*tasks)
+        reference, _, gradients, self.replicas, *_ = self._together(*tasks)
         self.reference = dataclasses.replace(reference, gradients=gradients)
         self.sigma = noise_floor(self.reference.losses, self.replicas)
         self.seconds["prepare"] = time.monotonic() - began
 
-    def _repeat(self, build: dict, timed: bool, roomy: bool) -> dict[str, dict]:
-        """The reference's second process: the run once more, kicked references, and the reference's gradients. Those take as
-        long as all else that the reference is asked for, and its two processes have the same bits or nothing is compared."""
+    def _repeat(self, build: dict, timed: bool) -> dict[str, dict]:
+        """The reference's second process: the run once more, and the reference's gradients. Those take as long as all else
+        that the reference is asked for, and its two processes have the same bits or nothing is compared."""
         # Not resynced: the repeat must come to the same weights by itself.
         self.repeat = Evidence(build, self._free_run(self.repeat_arm, resync={}))
         self.trained.wait()
-        self.replicas = self._replicas(roomy)
+        self.exact_through.wait()  # until then memory is the oracle's
         gradients = {state: self._reference_gradients(state) for state in self.states}
         if not timed:
             self.end_repeat()
@@ -185,13 +182,16 @@ class Experiment:
     def _exact(self) -> None:
         """The oracle's states as they come, and its trace; then it makes room."""
         start, *middle, overfit = self.states
-        self.truths.prefetch([start])
-        self.trained.wait()
-        self.truths.prefetch(middle)
-        self.oracle_trace = self._trace(self.truths.arm)
-        self.memorised_by_heart.wait()
-        self.truths.prefetch([overfit])
-        self.truths.end()
+        try:
+            self.truths.prefetch([start])
+            self.trained.wait()
+            self.truths.prefetch(middle)
+            self.oracle_trace = self._trace(self.truths.arm)
+            self.memorised_by_heart.wait()
+            self.truths.prefetch([overfit])
+            self.truths.end()
+        finally:
+            self.exact_through.set()
 
     def _train(self) -> dict:
         """The reference's free run, which leaves its weights at three states."""
@@ -212,46 +212,22 @@ class Experiment:
         resync = self.resync if resync is None else resync
         return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
 
-    def _replicas(self, roomy: bool) -> list[list[float]]:
-        """The losses of every kicked reference; `roomy`: there may be memory for what recomputation saves."""
-        if roomy:
+    def _replicas(self) -> list[list[float]]:
+        """The losses of every kicked reference. Without recomputation where there may be memory for it: in full fine-tuning
+        on a GPU the other arms need it, each of which has fp32 weights and moments of its own."""
+        self.trained.wait()
+        if self.config.method == "lora" or resolve_device(self.config)[0].type == "cpu":
             try:
-                return self._replicas_with((*self.base, UNCHECKPOINTED))
+                return self._kicked((*self.base, UNCHECKPOINTED))
             except ArmFailed:  # what it keeps did not fit beside the others after all
                 pass
-        return self._replicas_with(self.base)
+        return self._kicked(self.base)
 
-    def _replicas_with(self, optimizations: tuple[str, ...]) -> list[list[float]]:
-        """In several processes where arms work side by side: their host is what the time goes to, not the device."""
-        waiting = queue.SimpleQueue()
-        for seed in range(self.settings.replicas):
-            waiting.put(seed)
-        lanes = range(min(self.lanes, self.settings.replicas))
-        found = self._together(*(lambda lane=lane: self._lane(lane, optimizations, waiting) for lane in lanes))
-        losses = {seed: losses for one in found for seed, losses in one.items()}
-        return [losses[seed] for seed in sorted(losses)]
-
-    def _lane(self, lane: int, optimizations: tuple[str, ...], waiting: queue.SimpleQueue) -> dict[int, list[float]]:
-        """The losses of kicked references by seed, one after another as long as any waits."""
-        done: dict[int, list[float]] = {}
-        with self._kicked(lane, optimizations) as arm:
-            while True:
-                try:
-                    seed = waiting.get_nowait()
-                except queue.Empty:
-                    return done
-                done[seed] = self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"]
-
-    @contextmanager
-    def _kicked(self, lane: int, optimizations: tuple[str, ...]) -> Iterator[Arm]:
-        """A process to kick: the repeat's, which is there anyway and is built anew behind it, or one of its own."""
-        if lane == 0 and optimizations == self.base:
-            yield self.repeat_arm
-            _same_start(self.repeat.build, self.repeat_arm.build(), "stock, built again,")
-        else:
-            with self._arm(ArmSpec(f"replicas {lane + 1}", self.config, optimizations)) as arm:
-                arm.build()
-                yield arm
+    def _kicked(self, optimizations: tuple[str, ...]) -> list[list[float]]:
+        with self._arm(ArmSpec("replicas", self.config, optimizations)) as arm:
+            arm.build()
+            seeds = range(self.settings.replicas)
+            return [self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"] for seed in seeds]
 
     # An arm's evidence
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from tiny import CONFIG as TINY
 
+from abtest import experiment as experiment_module
 from abtest import sensitivity
 from abtest.arm import ArmFailed, ArmSpec
-from abtest.evidence import Evidence
 from abtest.experiment import UNCHECKPOINTED, Experiment
 from abtest.in_process import InProcessExperiment
 from abtest.mps import PRIORITY
@@ -43,7 +43,7 @@ def settings(tmp_path) -> GateConfig:
 
 @pytest.fixture
 def experiment(tmp_path, settings):
-    """Its folder is a fresh one, and its arms are processes, four at a time, two of them for kicked references."""
+    """Its folder is a fresh one, and its arms are processes, four at a time."""
     (tmp_path / "gate").mkdir()
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
     with Experiment(CONFIG, dataclasses.replace(settings, parallel=4), tmp_path / "gate", environment, silent) as made:
@@ -115,40 +115,6 @@ def test_what_failed_first_is_raised(experiment):
     assert experiment._together(lambda: 1, lambda: 2) == [1, 2]
 
 
-def test_kicked_references_are_shared_out_among_lanes(experiment, monkeypatch):
-    """Each lane's arm has work at the same time, and the losses come in the order of the seeds all the same."""
-    both, arms = threading.Barrier(2, timeout=60), []
-
-    def run(arm, phase, kick_seed):
-        both.wait()
-        return {"loss": [float(kick_seed)]}
-
-    def started(spec):
-        arms.append(spec.name)
-        return MagicMock()
-
-    monkeypatch.setattr(experiment, "_arm", started)
-    monkeypatch.setattr(experiment, "_free_run", run)
-    repeat_in(experiment, {"weights": "a", "frozen": "b"})
-    assert experiment._replicas_with(()) == [[0.0], [1.0]]
-    assert arms == ["replicas 2"], "the other lane is the repeat's process"
-    experiment.repeat_arm.build.assert_called_once()
-
-
-def repeat_in(experiment, built_again: dict[str, str]) -> None:
-    """A repeat that began with weights "a" and "b", and would be built again as `built_again` says."""
-    experiment.repeat = Evidence({"weights": "a", "frozen": "b"}, {})
-    experiment.repeat_arm = MagicMock(build=MagicMock(return_value=built_again))
-
-
-def test_stock_that_begins_otherwise_once_built_again_is_no_reference(experiment, monkeypatch):
-    """Its gradients would be of other weights than those that its run was compared with."""
-    monkeypatch.setattr(experiment, "_free_run", lambda arm, phase, kick_seed: {"loss": [0.0]})
-    repeat_in(experiment, {"weights": "a", "frozen": "other"})
-    with pytest.raises(ArmFailed, match="same weights"):
-        experiment._replicas_with(())
-
-
 def test_an_oracle_of_other_weights_is_none(experiment, monkeypatch):
     """As random weights drawn on a GPU of which a process sees a part are."""
     build = experiment.truths.build
@@ -157,20 +123,24 @@ def test_an_oracle_of_other_weights_is_none(experiment, monkeypatch):
         experiment.prepare(FIRST)
 
 
-def test_the_oracle_stands_behind_the_others(experiment):
-    """Its process is its own: a priority is settled when a process starts, and the spare one started without."""
+def test_the_others_stand_behind_the_oracle(experiment):
+    """Its process is its own: a priority is settled when a process starts, and the spare one started with a low one."""
     spare = experiment.spare
     oracle, after = experiment._arm(ArmSpec("oracle", CONFIG, exact=True)), experiment._arm(ArmSpec("next", CONFIG))
     with oracle, after:
         assert after is spare and oracle is not spare
-        assert f"{PRIORITY}=1" in environment_of(oracle) and PRIORITY not in "".join(environment_of(after))
+        assert f"{PRIORITY}=1" in environment_of(after) and PRIORITY not in "".join(environment_of(oracle))
 
 
 def environment_of(arm) -> list[str]:
     return Path(f"/proc/{arm.process.pid}/environ").read_text().split("\0")
 
 
-def test_replicas_that_do_not_fit_without_recomputation_run_with_it(experiment, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "device", "expected"),
+    [("lora", "cuda", [(UNCHECKPOINTED,), ()]), ("full", "cuda", [()]), ("full", "cpu", [(UNCHECKPOINTED,), ()])],
+)
+def test_replicas_run_without_recomputation_where_that_may_fit(method, device, expected, experiment, monkeypatch):
     tried = []
 
     def runs(optimizations):
@@ -179,9 +149,31 @@ def test_replicas_that_do_not_fit_without_recomputation_run_with_it(experiment, 
             raise ArmFailed("out of memory")
         return [[1.0]]
 
-    monkeypatch.setattr(experiment, "_replicas_with", runs)
-    assert experiment._replicas(roomy=True) == [[1.0]] and tried == [(UNCHECKPOINTED,), ()]
-    assert experiment._replicas(roomy=False) == [[1.0]] and tried[2:] == [()]
+    monkeypatch.setattr(experiment, "_kicked", runs)
+    monkeypatch.setattr(experiment_module, "resolve_device", lambda config: (torch.device(device), torch.float32))
+    experiment.config = dataclasses.replace(CONFIG, method=method)
+    experiment.trained.set()
+    assert experiment._replicas() == [[1.0]] and tried == expected
+
+
+def test_the_repeat_asks_for_no_gradients_while_the_oracle_has_the_memory(experiment, monkeypatch):
+    monkeypatch.setattr(experiment, "_free_run", lambda arm, resync: {"loss": [1.0]})
+    monkeypatch.setattr(experiment, "_reference_gradients", lambda state: {"asked": experiment.exact_through.is_set()})
+    experiment.trained.set()
+    experiment.repeat_arm = MagicMock()
+    late = threading.Timer(0.2, experiment.exact_through.set)
+    late.start()
+    answers = experiment._repeat({}, timed=True)
+    assert list(answers) == list(experiment.states) and all(answer["asked"] for answer in answers.values())
+
+
+def test_an_oracle_that_ends_keeps_nobody_waiting(experiment, monkeypatch):
+    def ends(states) -> None:
+        raise ArmFailed("out of memory")
+
+    monkeypatch.setattr(experiment.truths, "prefetch", ends)
+    with pytest.raises(ArmFailed, match="out of memory"):
+        experiment.prepare(FIRST)
 
 
 @pytest.mark.parametrize(("named", "expected"), [("2,5", ("2", "5")), ("GPU-1", ("GPU-1",))])
