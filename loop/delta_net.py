@@ -75,7 +75,7 @@ class Pack:
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [1, T, ...] -> one [documents, chunks * 64, ...] for every group, zeros behind each document."""
-        padded = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])
+        padded = torch.cat([x.squeeze(0), x.new_zeros(1, *x.shape[2:])])  # backward of x[0] would copy
         return [padded.index_select(0, group.flatten()).view(*group.shape, *x.shape[2:]) for group in self.groups]
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:

@@ -43,7 +43,7 @@ def _candidate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from .kernel import conv_silu_norm
 
-    return tuple(y[None] for y in conv_silu_norm(x[0], weight, pack.starts, key_heads, key_width, EPS))
+    return tuple(y[None] for y in conv_silu_norm(x.squeeze(0), weight, pack.starts, key_heads, key_width, EPS))
 
 
 def _flops(workload: Workload) -> int:

@@ -32,7 +32,7 @@ class ConvSiluNorm(QkvMixer):
         from .kernel import conv_silu_norm
 
         weight = self.weight.squeeze(1)
-        q, k, v = conv_silu_norm(x[0], weight, pack.starts, self.key_heads, self.key_width, EPS)
+        q, k, v = conv_silu_norm(x.squeeze(0), weight, pack.starts, self.key_heads, self.key_width, EPS)
         return q[None], k[None], v.unflatten(1, (-1, self.value_width))[None]
 
     def extra_repr(self) -> str:
