@@ -17,6 +17,9 @@ from loop.errors import UserError
 FAR = 1_000_000  # a step no training run reaches: its micro-batches are drawn from the same packs in another order
 # Documents of 1 to 3 tokens, exact chunks of 64, one off either side, 128 and a half chunk, and what is left of the pack.
 TRICKY_LENGTHS = (1, 2, 3, 64, 65, 63, 1, 128, 32, 7)
+# One off the 64-token grid. One document with all the rest of a pack of thousands would cost the pure-PyTorch delta rule
+# several times as much, chunk after chunk, and a document as long as the pack is a probe of its own.
+REST = 961
 CROWD = (3, 2, 4, 1) * 12  # more documents than a kernel's table of boundaries might hold
 MEMORISED, MEMORISED_LENGTH = 16, 24  # documents of the overfit state, and their tokens
 
@@ -162,12 +165,15 @@ def tricky_batch(
 
 
 def _lengths(pack_length: int, row: int, wanted: Sequence[int]) -> list[int]:
-    """The wanted lengths rotated by `row`, as many as fit, then one document with the rest."""
+    """The wanted lengths rotated by `row`, as many as fit, then documents of `REST` with the rest."""
     out, left = [], pack_length
     for length in (*wanted[row:], *wanted[:row]):
         if length < left:
             out.append(length)
             left -= length
+    while left > REST:
+        out.append(REST)
+        left -= REST
     return [*out, left]
 
 

@@ -21,6 +21,7 @@ from abtest.probes import (
     FAR,
     MEMORISED,
     MEMORISED_LENGTH,
+    REST,
     TRICKY_LENGTHS,
     Probe,
     cut,
@@ -166,6 +167,12 @@ def test_a_tricky_batch_keeps_the_rules_of_a_batch(pack_length, packs, seed):
     assert batch.input_ids.shape == (packs, pack_length) and batch.real_tokens == packs * pack_length
     assert int(batch.input_ids.min()) >= 0 and int(batch.input_ids.max()) < 50
     assert not (batch.position_ids[batch.labels != IGNORE] % 3 == 0).any()
+
+
+def test_the_rest_of_a_long_pack_is_several_documents():
+    lengths = tricky_batch(5376, 1, 4096, seed=0).lengths
+    assert lengths[: len(TRICKY_LENGTHS)] == TRICKY_LENGTHS and sum(lengths) == 5376
+    assert set(lengths[len(TRICKY_LENGTHS) : -1]) == {REST} and 0 < lengths[-1] <= REST
 
 
 def test_a_tricky_batch_holds_what_trips_kernels():
