@@ -27,7 +27,7 @@ from kernels.contract import Exactness
 from loop.config import Config
 from loop.model import resolve_device
 
-RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm
+RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm, and several fill a GPU: arms take turns
 TRIPWIRE_PROBES = 3
 STRUCTURE_PROBES = (0, 1, 2)  # a real pack, a tricky one, two rows
 # Replicas recompute nothing where memory allows it: their losses are the reference's, and they take a quarter less time.
@@ -81,6 +81,7 @@ class Experiment:
         self.states = states.names(settings.steps)
         self.weights = {state: str(folder / f"state-{index}.safetensors") for index, state in enumerate(self.states)}
         self.resync: dict[str, str] = {}
+        self.crowded = False  # whether every arm's optimizer is so large that only one arm may be at work
         self.spare: Arm | None = None
         self.repeat_arm: Arm | None = None
         self.seconds: dict[str, float] = {}
@@ -122,9 +123,9 @@ class Experiment:
         return lambda done, total: self.on_progress(arm, phase, done, total)
 
     def _together(self, *tasks: Callable[[], Any]) -> list[Any]:
-        """Runs tasks that need different arms, as many at a time as settings allow. What failed first is raised: an arm that
-        ends takes others with it, whose complaint would name the wrong one."""
-        if self.settings.parallel == 1:
+        """Runs tasks that need different arms, as many at a time as settings and memory allow. What failed first is raised:
+        an arm that ends takes others with it, whose complaint would name the wrong one."""
+        if self.settings.parallel == 1 or self.crowded:
             return [task() for task in tasks]
         with ThreadPoolExecutor(self.settings.parallel) as pool:
             futures = [pool.submit(task) for task in tasks]
@@ -142,12 +143,13 @@ class Experiment:
         self.repeat_arm = self._arm(ArmSpec("stock again", self.config, self.base))
         build, exact, again = self._together(reference.build, self.truths.build, self.repeat_arm.build)
         _same_start(build, exact, "the oracle")
-        if build["state_bytes"] <= RESYNC_BYTES:
+        self.crowded = build["state_bytes"] > RESYNC_BYTES
+        if not self.crowded:
             self.resync = {
                 str(s): str(self.folder / f"resync-{s}.safetensors") for s in states.resync_steps(self.settings.steps)
             }
         reference.call("save_weights", path=self.weights[self.states[0]])
-        beside = first is not None and self.settings.parallel > 1
+        beside = first is not None and self.settings.parallel > 1 and not self.crowded
         # In the order in which memory is best given out: whoever comes last begins when the oracle has made room.
         tasks = [lambda: self._reference_evidence(build), self._exact, lambda: self._repeat(again, timed), self._replicas]
         if beside:

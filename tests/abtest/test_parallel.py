@@ -136,6 +136,25 @@ def environment_of(arm) -> list[str]:
     return Path(f"/proc/{arm.process.pid}/environ").read_text().split("\0")
 
 
+def test_where_optimizers_are_large_arms_take_turns(experiment, monkeypatch):
+    monkeypatch.setattr(experiment_module, "RESYNC_BYTES", 0)
+    experiment.prepare(FIRST, timed=False)
+    assert experiment.crowded and not experiment.early and not experiment.resync
+    active, most = [], []
+
+    def task() -> None:
+        active.append(1)
+        most.append(len(active))
+        time.sleep(0.05)
+        active.pop()
+
+    experiment._together(task, task, task)
+    assert most == [1, 1, 1]
+    verdict = experiment.gate_arm(FIRST, Exactness.BITWISE)
+    with verdict.arm:
+        assert verdict.verdict.level is Level.BITWISE, verdict.verdict.reason
+
+
 @pytest.mark.parametrize(
     ("method", "device", "expected"),
     [("lora", "cuda", [(UNCHECKPOINTED,), ()]), ("full", "cuda", [()]), ("full", "cpu", [(UNCHECKPOINTED,), ()])],
