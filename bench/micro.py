@@ -1,6 +1,7 @@
 """`python -m bench.micro --optimization NAME`: forward plus backward of one op against PyTorch, checked first, then timed.
 
-What does not match its reference is not timed, and what runs in Triton's interpreter is checked but not timed.
+What does not match its reference is not timed, and what runs in Triton's interpreter is checked but not timed. With --record
+the outcome, whatever it is, is kept under reports/data/micro and the reports are rendered.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loop.cli import guarded, parse
@@ -35,6 +37,8 @@ class Command:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     samples: int = 50  # timed pairs a workload
     json: bool = False  # print the JSON line only
+    record: bool = False  # keep the result as a line of reports/data/micro/<device>.jsonl, and render the reports
+    reports: Path = Path(__file__).resolve().parent.parent / "reports"  # with --record: the folder of reports
 
 
 def run_micro(
@@ -126,6 +130,7 @@ def _checked(workload: Workload, report: OpReport) -> dict[str, Any]:
     return {
         "shape": shape,
         "dtype": workload.dtype,
+        "small": workload.small,
         "level": report.verdict.level.value,
         "max_error_ratio": _json_number(values.get("max ratio")),
         "mean_error_ratio": _json_number(values.get("mean ratio")),
@@ -247,10 +252,12 @@ def _show(result: Mapping[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a table and, as the last line of stdout, the result as JSON. Returns 1 when the candidate does not match."""
-    command = parse(Command(), "python -m bench.micro", "Checks one op against PyTorch and times it.", argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = parse(Command(), "python -m bench.micro", "Checks one op against PyTorch and times it.", arguments)
     import torch
 
     from abtest.verdict import Level
+    from bench.micro_records import recorder
 
     if command.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device on this machine; use --device cpu or auto")
@@ -265,10 +272,15 @@ def main(argv: list[str] | None = None) -> int:
     if command.optimization not in known:
         asked = f"no optimization is named {command.optimization!r}" if command.optimization else "name one"
         raise UserError(f"--optimization: {asked}; there are: {', '.join(known)}")
+    record = recorder(device, command.reports, arguments) if command.record else None
     result = run_micro(known[command.optimization], device, samples=command.samples, on_progress=_say)
+    if record:
+        record.keep(result)
     if not command.json:
         _show(result)
     print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    if record:
+        record.render()
     if result["level"] in (Level.FAILED.value, Level.INVALID.value):
         print(f"error: {command.optimization} {result['untimed']}", file=sys.stderr)
         return 1

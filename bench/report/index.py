@@ -17,9 +17,11 @@ HOW = (
 )
 
 
-def index_page(devices: Sequence[tuple[Device, Sequence[Shipping]]], gated: bool, compiled: bool = False) -> str:
-    """Markdown of `reports/README.md`, from each device with the decision for each of its settings. gated, compiled: whether
-    there is a page on the gate, on what kernels compile to."""
+def index_page(
+    devices: Sequence[tuple[Device, Sequence[Shipping]]], gated: bool, compiled: bool = False, micro: bool = False
+) -> str:
+    """Markdown of `reports/README.md`, from each device with the decision for each of its settings. gated, compiled, micro:
+    whether there is a page on the gate, on what kernels compile to, on microbenchmarks."""
     header = ("device", "trained", "switch on", "speed", "real tok/s", "peak memory", "verdict", "finished")
     rows = []
     for device, decisions in devices:
@@ -30,7 +32,10 @@ def index_page(devices: Sequence[tuple[Device, Sequence[Shipping]]], gated: bool
     body = table(header, rows, numeric=(3, 4, 5)) if rows else "No records yet: `make bench` makes them."
     gate = "\n[The gate itself](gate/README.md): what it catches, what it lets through, and every arm gated in full.\n"
     code_of = "\n[What the kernels compile to](cross_compile/README.md), for GPUs that need not be here: no word on speed.\n"
-    others = (gate if gated else "") + (code_of if compiled else "")
+    alone = (
+        "\n[Microbenchmarks](micro/README.md): each optimization's op alone, and how near it is to what the device can do.\n"
+    )
+    others = (gate if gated else "") + (code_of if compiled else "") + (alone if micro else "")
     return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{HOW}\n\n{LEGEND}\n{others}"
 
 

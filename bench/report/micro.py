@@ -17,7 +17,7 @@ def micro_section(micro: Mapping[str, Any]) -> str:
     """Markdown of what `bench.micro.run_micro` returned: the op check of every workload, and its times where it has any."""
     if "workloads" not in micro:
         return "## Microbenchmark\n\n" + facts(micro)  # not run_micro's: shown as it is
-    rows = [_row(name, row) for name, row in micro["workloads"].items()]
+    rows = [row_cells(name, row) for name, row in micro["workloads"].items()]
     notes = [
         f"Op check: **{micro['level']}**; {prose(str(micro.get('reason') or ''))}.",
         "Errors are the candidate's over PyTorch's in the same dtype, both against fp64; at most 2 (max) and 1.1 (mean).",
@@ -48,7 +48,8 @@ def micro_cell(micro: Mapping[str, Any] | None, dtype: str | None) -> str:
     return speed + (f", {100 * max(limits):.0f} %" if limits else "")
 
 
-def _row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+def row_cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The cells under `HEADER` of one workload of a `run_micro` result, as markdown."""
     timed = "ratio" in row
     ratio = f"{row['ratio']:.2f}x [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if timed else NOTHING
     return (

@@ -8,7 +8,7 @@ from pathlib import Path
 from abtest.report import site
 from abtest.report.site import write
 from bench.records import Record
-from bench.report import cross_compile, index, overview, pages, plots, shipping
+from bench.report import cross_compile, index, micro_page, overview, pages, plots, shipping
 from bench.report.devices import Device, Setting, load
 from bench.report.text import page_name, prose
 from bench.roofline import device_page as roofline_page
@@ -19,8 +19,8 @@ EARLIER = "no: not in the newest run"
 
 
 def render(data_dir: Path, out_dir: Path) -> list[Path]:
-    """Writes the whole report of the records in `data_dir`/<device_slug>/*.jsonl, `data_dir`/gate and
-    `data_dir`/cross_compile to `out_dir`.
+    """Writes the whole report of the records in `data_dir`/<device_slug>/*.jsonl, `data_dir`/gate, `data_dir`/cross_compile
+    and `data_dir`/micro to `out_dir`.
 
     The files are a function of the records alone. A file that already says the same is left as it is, and a file that an
     earlier rendering made and no record explains any more is removed. Returns the report's files, relative to `out_dir`,
@@ -37,9 +37,9 @@ def differences(data_dir: Path, out_dir: Path) -> list[str]:
 def files(data_dir: Path) -> dict[Path, bytes]:
     """Every file of the report and its bytes, in memory."""
     devices = [(device, [shipping.decide(setting.run) for setting in device.settings]) for device in load(data_dir)]
-    content, compiled = site.files(data_dir), cross_compile.files(data_dir)
-    start = index.index_page(devices, gated=bool(content), compiled=bool(compiled))
-    content |= compiled
+    content, compiled, micro = site.files(data_dir), cross_compile.files(data_dir), micro_page.files(data_dir)
+    start = index.index_page(devices, gated=bool(content), compiled=bool(compiled), micro=bool(micro))
+    content |= compiled | micro
     content[Path("README.md")] = start.encode("utf-8", "replace")
     for device, decisions in devices:
         if device.slug == data_dir.name:

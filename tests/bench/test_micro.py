@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from bench import ceilings, micro
+from abtest.environment import describe
+from bench import ceilings, micro, micro_records
 from bench.ceilings import Ceilings
+from bench.report import differences
 from bench.timing import ratio_interval, time_pair
 from kernels import registry
 from kernels.contract import Exactness, Needs, Op, Optimization, Workload
+from loop.device import device_slug
 from loop.errors import UserError
 
 CPU = torch.device("cpu")
@@ -107,6 +113,81 @@ def test_the_command_ends_with_one_json_line(candidate, code, monkeypatch, capsy
     result = json.loads(printed.out.splitlines()[-1])
     assert ("ratio" in result["workloads"]["tiny"]) is (code == 0)
     assert ("error: squares not timed: FAILED" in printed.err) is (code == 1)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs `python -m bench.micro` on one side of squares and returns its exit status."""
+    monkeypatch.setattr("bench.ceilings.measure_ceilings", lambda device: CEILINGS)
+
+    def run(candidate, *flags: str) -> int:
+        monkeypatch.setattr(registry, "discover", lambda: {"squares": optimization_with(candidate)})
+        return micro.main(["--optimization", "squares", "--device", "cpu", "--samples", "3", *flags])
+
+    return run
+
+
+def recorded(reports: Path) -> Path:
+    return reports / "data" / "micro" / f"{device_slug(CPU)}.jsonl"
+
+
+@pytest.mark.parametrize(("candidate", "code"), [(square, 0), (lambda x: square(x) + 1, 1)])
+def test_a_result_is_kept_and_rendered(candidate, code, command, tmp_path, capsys):
+    assert command(candidate, "--record", "--reports", str(tmp_path)) == code
+    (line,) = recorded(tmp_path).read_text(encoding="utf-8").splitlines()
+    row = json.loads(line)
+    assert set(row) == {"schema", "finished_at", "command", "environment", "result"} and row["schema"] == 1
+    assert row["result"] == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["environment"] == describe(CPU) and str(tmp_path) not in line
+    assert row["command"] == "python -m bench.micro --optimization squares --device cpu --samples 3 --record"
+    assert datetime.fromisoformat(row["finished_at"]).utcoffset() == timedelta(0)
+    assert differences(tmp_path / "data", tmp_path) == []
+    assert "`squares`" in (tmp_path / "micro" / "README.md").read_text(encoding="utf-8")
+
+
+def test_each_result_is_another_line(command, tmp_path):
+    for candidate in (square, lambda x: square(x) + 1):
+        command(candidate, "--record", f"--reports={tmp_path}")
+    levels = [record.result["level"] for record in micro_records.read(recorded(tmp_path))]
+    assert levels == ["BITWISE", "FAILED"]
+
+
+def test_nothing_is_written_unless_asked(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(micro_records, "recorder", lambda *given: pytest.fail("recorded"))
+    assert command(square, "--reports", str(tmp_path)) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_refused_before_anything_is_measured(command, tmp_path, monkeypatch):
+    path = recorded(tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"schema": 1}\n', encoding="utf-8")
+    monkeypatch.setattr(micro, "run_micro", lambda *given, **named: pytest.fail("measured"))
+    with pytest.raises(UserError, match=r"\.jsonl:1: not a valid record: no key 'finished_at'"):
+        command(square, "--record", "--reports", str(tmp_path))
+    assert path.read_text(encoding="utf-8") == '{"schema": 1}\n'
+    with pytest.raises(UserError, match="a folder to write to is expected"):
+        command(square, "--record", "--reports", str(path))
+
+
+def test_a_record_holds_no_time_of_what_does_not_match(command, tmp_path):
+    command(square, "--record", "--reports", str(tmp_path))
+    (record,) = micro_records.read(recorded(tmp_path))
+    with pytest.raises(ValueError, match="what does not match its reference holds no time"):
+        replace(record, result=record.result | {"level": "FAILED"})
+
+
+def test_only_one_command_renders_at_a_time(command, tmp_path, monkeypatch):
+    entered = []
+
+    @contextmanager
+    def watched(folder):
+        entered.append(folder)
+        yield
+
+    monkeypatch.setattr("bench.claims.alone_in", watched)
+    command(square, "--record", "--reports", str(tmp_path))
+    assert entered == [tmp_path / "data"]
 
 
 def test_the_table_shows_ratio_and_interval():

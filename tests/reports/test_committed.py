@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from abtest.report import records, sensitivity_records
+from bench import micro_records
 from bench.cross_compile.records import load
 from bench.records import read
 from bench.report import differences
@@ -57,6 +58,15 @@ def test_committed_gates_say_where_they_come_from(reports):
         assert len(environment["git_sha"]) == 40 and environment["git_dirty"] is False
         assert command.startswith("python -m abtest.")
         assert recipe["data"].get("path") is None, "a path of somebody's machine"
+
+
+def test_committed_microbenchmarks_say_where_they_come_from(reports):
+    found = [record for kept in micro_records.load(reports / "data").values() for record in kept]
+    if not found:
+        pytest.skip("no microbenchmark was committed")
+    for record in found:
+        assert len(record.environment["git_sha"]) == 40 and record.environment["git_dirty"] is False
+        assert record.command.startswith("python -m bench.micro --optimization") and "--record" in record.command
 
 
 def test_committed_compilations_say_where_they_come_from_and_passed(reports):
