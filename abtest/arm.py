@@ -60,10 +60,14 @@ class Arm:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end(5 if kind is None else 0.1)
+
+    def end(self, patience: float) -> None:
+        """Ends the process, which has `patience` seconds to end by itself."""
         with contextlib.suppress(BrokenPipeError):  # the process may have ended with a command still in the pipe
             self.process.stdin.close()
         try:
-            self.process.wait(timeout=5 if kind is None else 0.1)
+            self.process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

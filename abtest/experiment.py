@@ -96,7 +96,9 @@ class Experiment:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        own = (self.reference_arm, self.repeat_arm, self.truths.arm, self.spare)
+        if self.spare is not None:
+            self.spare.end(0)  # it may still be importing, for nobody
+        own = (self.reference_arm, self.repeat_arm, self.truths.arm)
         for arm in (*own, *(collected.arm for collected in self.early.values())):
             if arm is not None:
                 arm.__exit__(kind, error, trace)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import nn
 
 from kernels.silu_mul.patch import gated_mlps
@@ -56,9 +55,7 @@ def eligible(run: Run) -> str | None:
 
 
 def apply(run: Run) -> None:
-    """Replaces every such MLP, and the micro-step by one that announces itself. A backward may be asked for twice, as of any
-    module: by default inductor hands a graph's memory on during the first, and refuses the second."""
-    functorch_config.donated_buffer = False
+    """Replaces every such MLP, and the micro-step by one that announces itself."""
     for name in gated_mlps(run.model):
         parent, _, attribute = name.rpartition(".")
         compiled = CompiledMLP(run.model.get_submodule(name), **OPTIONS)

@@ -17,6 +17,7 @@ from tiny import CONFIG as TINY
 from abtest import experiment as experiment_module
 from abtest import sensitivity
 from abtest.arm import ArmFailed, ArmSpec
+from abtest.evidence import Evidence
 from abtest.experiment import UNCHECKPOINTED, Experiment
 from abtest.in_process import InProcessExperiment
 from abtest.mps import PRIORITY
@@ -48,6 +49,18 @@ def experiment(tmp_path, settings):
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
     with Experiment(CONFIG, dataclasses.replace(settings, parallel=4), tmp_path / "gate", environment, silent) as made:
         yield made
+
+
+BUILT: dict = {"weights": "a", "frozen": "b", "state_bytes": 0}
+
+
+@pytest.fixture
+def unmanned(tmp_path, settings, monkeypatch):
+    """The same without processes: arms that answer nothing, but for what they begin with."""
+    arms = MagicMock(return_value=MagicMock(build=MagicMock(side_effect=lambda: dict(BUILT))))
+    monkeypatch.setattr(experiment_module, "Arm", arms)
+    monkeypatch.setitem(BUILT, "state_bytes", 0)
+    return Experiment(CONFIG, dataclasses.replace(settings, parallel=4), tmp_path, {}, silent)
 
 
 def test_the_first_arm_beside_the_reference_gets_the_verdict_it_gets_alone(experiment, settings, tmp_path, one_thread):
@@ -97,7 +110,7 @@ def test_a_reference_that_cannot_learn_by_heart_keeps_nobody_waiting(experiment,
         experiment.prepare(FIRST)
 
 
-def test_what_failed_first_is_raised(experiment):
+def test_what_failed_first_is_raised(unmanned):
     """Later ones may only be its consequence, whatever the order in which they were asked for."""
     failed = threading.Event()
 
@@ -111,16 +124,15 @@ def test_what_failed_first_is_raised(experiment):
         raise ArmFailed("ended with code 0")
 
     with pytest.raises(ArmFailed, match="out of memory"):
-        experiment._together(consequence, cause)
-    assert experiment._together(lambda: 1, lambda: 2) == [1, 2]
+        unmanned._together(consequence, cause)
+    assert unmanned._together(lambda: 1, lambda: 2) == [1, 2]
 
 
-def test_an_oracle_of_other_weights_is_none(experiment, monkeypatch):
+def test_an_oracle_of_other_weights_is_none(unmanned, monkeypatch):
     """As random weights drawn on a GPU of which a process sees a part are."""
-    build = experiment.truths.build
-    monkeypatch.setattr(experiment.truths, "build", lambda: build() | {"frozen": "other"})
+    monkeypatch.setattr(unmanned.truths, "build", lambda: BUILT | {"frozen": "other"})
     with pytest.raises(ArmFailed, match="the oracle does not begin with the same weights as stock"):
-        experiment.prepare(FIRST)
+        unmanned.prepare(FIRST)
 
 
 def test_the_others_stand_behind_the_oracle(experiment):
@@ -136,30 +148,34 @@ def environment_of(arm) -> list[str]:
     return Path(f"/proc/{arm.process.pid}/environ").read_text().split("\0")
 
 
-def test_where_optimizers_are_large_arms_take_turns(experiment, monkeypatch):
-    monkeypatch.setattr(experiment_module, "RESYNC_BYTES", 0)
-    experiment.prepare(FIRST, timed=False)
-    assert experiment.crowded and not experiment.early and not experiment.resync
+def test_where_optimizers_are_large_arms_take_turns(unmanned, monkeypatch):
     active, most = [], []
 
-    def task() -> None:
+    def task(*arguments) -> dict:
         active.append(1)
         most.append(len(active))
         time.sleep(0.05)
         active.pop()
+        return {}
 
-    experiment._together(task, task, task)
-    assert most == [1, 1, 1]
-    verdict = experiment.gate_arm(FIRST, Exactness.BITWISE)
-    with verdict.arm:
-        assert verdict.verdict.level is Level.BITWISE, verdict.verdict.reason
+    for name in ("_exact", "_repeat"):
+        monkeypatch.setattr(unmanned, name, task)
+    monkeypatch.setattr(unmanned, "_replicas", lambda: task() or [[1.0]])
+    monkeypatch.setattr(unmanned, "_reference_evidence", lambda build: task() or Evidence(build, {"loss": [1.0]}))
+    monkeypatch.setattr(unmanned, "_collect_early", task)
+    BUILT["state_bytes"] = experiment_module.RESYNC_BYTES + 1
+    unmanned.prepare(FIRST)
+    assert unmanned.crowded and not unmanned.resync and most == [1, 1, 1, 1], "and the first arm comes later"
+    BUILT["state_bytes"] = experiment_module.RESYNC_BYTES
+    unmanned.prepare(FIRST)
+    assert not unmanned.crowded and unmanned.resync and len(most) == 9 and max(most) > 1
 
 
 @pytest.mark.parametrize(
     ("method", "device", "expected"),
     [("lora", "cuda", [(UNCHECKPOINTED,), ()]), ("full", "cuda", [()]), ("full", "cpu", [(UNCHECKPOINTED,), ()])],
 )
-def test_replicas_run_without_recomputation_where_that_may_fit(method, device, expected, experiment, monkeypatch):
+def test_replicas_run_without_recomputation_where_that_may_fit(method, device, expected, unmanned, monkeypatch):
     tried = []
 
     def runs(optimizations):
@@ -168,31 +184,32 @@ def test_replicas_run_without_recomputation_where_that_may_fit(method, device, e
             raise ArmFailed("out of memory")
         return [[1.0]]
 
-    monkeypatch.setattr(experiment, "_kicked", runs)
+    monkeypatch.setattr(unmanned, "_kicked", runs)
     monkeypatch.setattr(experiment_module, "resolve_device", lambda config: (torch.device(device), torch.float32))
-    experiment.config = dataclasses.replace(CONFIG, method=method)
-    experiment.trained.set()
-    assert experiment._replicas() == [[1.0]] and tried == expected
+    unmanned.config = dataclasses.replace(CONFIG, method=method)
+    unmanned.trained.set()
+    assert unmanned._replicas() == [[1.0]] and tried == expected
 
 
-def test_the_repeat_asks_for_no_gradients_while_the_oracle_has_the_memory(experiment, monkeypatch):
-    monkeypatch.setattr(experiment, "_free_run", lambda arm, resync: {"loss": [1.0]})
-    monkeypatch.setattr(experiment, "_reference_gradients", lambda state: {"asked": experiment.exact_through.is_set()})
-    experiment.trained.set()
-    experiment.repeat_arm = MagicMock()
-    late = threading.Timer(0.2, experiment.exact_through.set)
+def test_the_repeat_asks_for_no_gradients_while_the_oracle_has_the_memory(unmanned, monkeypatch):
+    monkeypatch.setattr(unmanned, "_free_run", lambda arm, resync: {"loss": [1.0]})
+    monkeypatch.setattr(unmanned, "_reference_gradients", lambda state: {"asked": unmanned.exact_through.is_set()})
+    unmanned.trained.set()
+    unmanned.repeat_arm = MagicMock()
+    late = threading.Timer(0.2, unmanned.exact_through.set)
     late.start()
-    answers = experiment._repeat({}, timed=True)
-    assert list(answers) == list(experiment.states) and all(answer["asked"] for answer in answers.values())
+    answers = unmanned._repeat({}, timed=True)
+    assert list(answers) == list(unmanned.states) and all(answer["asked"] for answer in answers.values())
 
 
-def test_an_oracle_that_ends_keeps_nobody_waiting(experiment, monkeypatch):
+def test_an_oracle_that_ends_keeps_nobody_waiting(unmanned, monkeypatch):
     def ends(states) -> None:
         raise ArmFailed("out of memory")
 
-    monkeypatch.setattr(experiment.truths, "prefetch", ends)
+    monkeypatch.setattr(unmanned.truths, "prefetch", ends)
     with pytest.raises(ArmFailed, match="out of memory"):
-        experiment.prepare(FIRST)
+        unmanned._exact()
+    assert unmanned.exact_through.is_set()
 
 
 @pytest.mark.parametrize(("named", "expected"), [("2,5", ("2", "5")), ("GPU-1", ("GPU-1",))])

@@ -87,6 +87,32 @@ def test_poison_fills_what_nobody_wrote_and_goes_away() -> None:
     assert torch.empty is plain
 
 
+class OnlyOnce(torch.autograd.Function):
+    """Lets go of what it saved during backward, as code does that hands its memory on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.held = [x.new_ones(())]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        if not ctx.held:
+            raise RuntimeError("its memory was handed on\nand a second line")
+        return dy * ctx.held.pop()
+
+
+def test_a_backward_that_can_be_asked_for_once_alone_is_found() -> None:
+    run, _ = tiny()
+    batch, head = tricky(run, 4), run.loss_head
+    (fine,) = structure.second_backward(run, batch)
+    run.loss_head = lambda model, hidden, batch: head(model, OnlyOnce.apply(hidden), batch)
+    (found,) = structure.second_backward(run, batch)
+    assert fine.passed and not found.passed and found.name == fine.name
+    assert found.detail == "it raises its memory was handed on"
+    assert all(gradient is None or not gradient.any() for gradient in run.optimizer.gradients().values())
+
+
 def test_findings_leave_the_gradients_of_a_run_as_they_are() -> None:
     run, _ = tiny()
     batch = tricky(run, 4)

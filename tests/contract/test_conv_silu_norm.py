@@ -114,7 +114,10 @@ def tiled_as_on_a_gpu(request, monkeypatch):
     assert (tile["BH"], tile["GROUPS"], tile["CHUNKS"], tile["rows"]) == (4, 3, 1, 16)
 
 
-@pytest.mark.parametrize("name", ["small, documents of 1 to 5", "small, ragged, frozen"])
+@pytest.mark.parametrize(
+    ("tiled_as_on_a_gpu", "name"), [(2, "small, documents of 1 to 5"), (4, "small, ragged, frozen")],
+    indirect=["tiled_as_on_a_gpu"], ids=["two rows a step", "four rows a step"],
+)  # fmt: skip
 def test_the_op_check_passes_with_the_tiles_of_a_gpu(name, tiled_as_on_a_gpu):
     (workload,) = (workload for workload in OPTIMIZATION.op.workloads if workload.name == name)
     report = check_op(OPTIMIZATION.op, workload, DEVICE)
