@@ -111,13 +111,12 @@ class Experiment:
     def _arm(self, spec: ArmSpec) -> Arm:
         """An arm's process, and one more for the arm after it: importing takes as long as gating a small model."""
         with self.starting:
-            if spec.exact:  # what the others wait for
-                arm = Arm(spec, self.folder, self.environment)
-                arm.seconds = self.calls
-                return arm
             behind = behind_others(self.environment)
-            arm = self.spare or Arm(spec, self.folder, behind)
-            self.spare = Arm(ArmSpec(f"after {spec.name}", self.config), self.folder, behind)
+            if spec.exact and behind != self.environment:  # others wait for it, and the spare process stands behind
+                arm = Arm(spec, self.folder, self.environment)
+            else:
+                arm = self.spare or Arm(spec, self.folder, behind)
+                self.spare = Arm(ArmSpec(f"after {spec.name}", self.config), self.folder, behind)
         arm.spec, arm.seconds = spec, self.calls
         return arm
 

@@ -51,13 +51,13 @@ def environment_of_arms(variables: dict[str, str]) -> dict[str, str]:
 
 
 def behind_others(environment: dict[str, str]) -> dict[str, str]:
-    """`environment` of a process whose kernels get multiprocessors after those of a process for which all others wait. No
-    effect where the service is not there. A priority that the user has set stays.
+    """`environment` of a process whose kernels get multiprocessors after those of a process for which all others wait; as it
+    is where the service is not there. A priority that the user has set stays.
 
     Not a share of the multiprocessors: a process with a share sees fewer of them, and PyTorch then draws other random
     weights: its generators' streams are laid out for the multiprocessors that there are.
     """
-    return {PRIORITY: "1"} | environment
+    return {PRIORITY: "1"} | environment if PIPE in environment else environment
 
 
 def joined(variables: dict[str, str]) -> bool:

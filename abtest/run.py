@@ -27,6 +27,7 @@ from abtest.command import check_gate, default_for, gate_config, planned_units
 from abtest.environment import describe
 from abtest.experiment import Candidate, Experiment
 from abtest.mps import environment_of_arms, joined, shared_gpu
+from abtest.op_level import op_reports
 from abtest.progress import GateProgress
 from abtest.report import append_gate, render
 from abtest.report.records import GateRecord
@@ -110,16 +111,22 @@ def _check_missing(optimizations: list[Optimization], device: torch.device) -> N
 def _op_checks(
     command: Command, device: torch.device, scratch: Path, environment: dict[str, str], progress: GateProgress
 ) -> list[dict[str, Any]]:
-    """`abtest.op_level.op_reports` in a process of its own: as one more of those that share the GPU. This one would have to
-    take turns with all of them."""
+    """`abtest.op_level.op_reports`; where processes share a GPU in one of its own, as one more of them: this one would have
+    to take turns with all of them."""
     if not (command.ops and command.optimization):
         return []
+    if not joined(environment):
+        return _told(op_reports(registry.select(command.optimization), device), progress)
     with Arm(ArmSpec("op checks", command), scratch, environment) as arm:
         try:
             rows = arm.call("op_checks", optimizations=list(command.optimization), device=device.type)["rows"]
         except ArmFailed as error:
             progress.say(error.output)
             rows = [{"op": "op checks", "workload": "all", "seed": 0, "level": Level.FAILED.value, "reason": str(error)}]
+    return _told(rows, progress)
+
+
+def _told(rows: list[dict[str, Any]], progress: GateProgress) -> list[dict[str, Any]]:
     progress.say(f"{len(rows)} op checks, {sum(row['level'] in WRONG for row in rows)} failed")
     return rows
 

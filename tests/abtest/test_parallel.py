@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import threading
 import time
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -20,7 +19,7 @@ from abtest.arm import ArmFailed, ArmSpec
 from abtest.evidence import Evidence
 from abtest.experiment import UNCHECKPOINTED, Experiment
 from abtest.in_process import InProcessExperiment
-from abtest.mps import PRIORITY
+from abtest.mps import PIPE, PRIORITY
 from abtest.settings import GateConfig
 from abtest.verdict import Level
 from kernels.contract import Exactness
@@ -135,17 +134,20 @@ def test_an_oracle_of_other_weights_is_none(unmanned, monkeypatch):
         unmanned.prepare(FIRST)
 
 
-def test_the_others_stand_behind_the_oracle(experiment):
+def test_the_others_stand_behind_the_oracle(unmanned):
     """Its process is its own: a priority is settled when a process starts, and the spare one started with a low one."""
-    spare = experiment.spare
-    oracle, after = experiment._arm(ArmSpec("oracle", CONFIG, exact=True)), experiment._arm(ArmSpec("next", CONFIG))
-    with oracle, after:
-        assert after is spare and oracle is not spare
-        assert f"{PRIORITY}=1" in environment_of(after) and PRIORITY not in "".join(environment_of(oracle))
+    asked = experiment_module.Arm
+    unmanned.environment = {PIPE: "a service"}
+    for spec in (ArmSpec("one", CONFIG), ArmSpec("oracle", CONFIG, exact=True), ArmSpec("next", CONFIG)):
+        unmanned._arm(spec)
+    environments = {call.args[0].name: call.args[2] for call in asked.call_args_list}
+    assert PRIORITY not in environments["oracle"] and environments["after one"] == {PIPE: "a service", PRIORITY: "1"}
 
 
-def environment_of(arm) -> list[str]:
-    return Path(f"/proc/{arm.process.pid}/environ").read_text().split("\0")
+def test_without_the_service_the_spare_process_becomes_the_oracle(unmanned):
+    spare = unmanned.spare
+    assert unmanned._arm(ArmSpec("oracle", CONFIG, exact=True)) is spare
+    assert [call.args[2] for call in experiment_module.Arm.call_args_list] == [{}] * experiment_module.Arm.call_count
 
 
 def test_where_optimizers_are_large_arms_take_turns(unmanned, monkeypatch):
