@@ -151,11 +151,11 @@ class Experiment:
             }
         reference.call("save_weights", path=self.weights[self.states[0]])
         beside = first is not None and self.settings.parallel > 1 and not self.crowded
-        # In the order in which memory is best given out: whoever comes last begins when the oracle has made room.
-        tasks = [lambda: self._reference_evidence(build), self._exact, lambda: self._repeat(again, timed), self._replicas]
+        # Those come last that wait for the oracle: for what it finds, or for its memory.
+        tasks = [lambda: self._reference_evidence(build), self._exact, self._replicas, lambda: self._repeat(again, timed)]
         if beside:
             tasks.append(lambda: self._collect_early(first))
-        reference, _, gradients, self.replicas, *_ = self._together(*tasks)
+        reference, _, self.replicas, gradients, *_ = self._together(*tasks)
         self.reference = dataclasses.replace(reference, gradients=gradients)
         self.sigma = noise_floor(self.reference.losses, self.replicas)
         self.seconds["prepare"] = time.monotonic() - began

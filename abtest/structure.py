@@ -182,17 +182,17 @@ def second_backward(run: Run, batch: PackedBatch) -> list[Finding]:
     loss.backward(retain_graph=True)
     first = fp.fingerprint(run.optimizer.gradients())
     run.optimizer.zero_grad()
-    name = "a second backward gives the same gradients"
     try:
         loss.backward()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # autograd's own refusal, too, of one that let go of what it saved
         run.optimizer.zero_grad()
-        return [Finding(name, False, f"it raises {str(error).splitlines()[0]}")]
+        words = f"it raises {str(error).splitlines()[0]}"
+        return [Finding("a second backward gives the same gradients", False, words)]
     second = fp.fingerprint(run.optimizer.gradients())
     run.optimizer.zero_grad()
-    return [Finding(name, first == second)]
+    return [Finding("a second backward gives the same gradients", first == second)]
 
 
 def documents_apart(run: Run, batch: PackedBatch) -> list[Finding]:

@@ -114,12 +114,9 @@ def tiled_as_on_a_gpu(request, monkeypatch):
     assert (tile["BH"], tile["GROUPS"], tile["CHUNKS"], tile["rows"]) == (4, 3, 1, 16)
 
 
-@pytest.mark.parametrize(
-    ("tiled_as_on_a_gpu", "name"), [(2, "small, documents of 1 to 5"), (4, "small, ragged, frozen")],
-    indirect=["tiled_as_on_a_gpu"], ids=["two rows a step", "four rows a step"],
-)  # fmt: skip
-def test_the_op_check_passes_with_the_tiles_of_a_gpu(name, tiled_as_on_a_gpu):
-    (workload,) = (workload for workload in OPTIMIZATION.op.workloads if workload.name == name)
+@pytest.mark.parametrize("tiled_as_on_a_gpu", [4], indirect=True, ids=["four rows a step"])  # two: by the tests below
+def test_the_op_check_passes_with_the_tiles_of_a_gpu(tiled_as_on_a_gpu):
+    (workload,) = (workload for workload in OPTIMIZATION.op.workloads if workload.name == "small, documents of 1 to 5")
     report = check_op(OPTIMIZATION.op, workload, DEVICE)
     assert report.passed, report.verdict.reason
 
