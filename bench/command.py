@@ -14,7 +14,7 @@ from abtest.command import check_gate, default_for
 from abtest.settings import GateConfig
 from bench.ceilings import Ceilings
 from bench.clock import TimingConfig
-from bench.records import read
+from bench.records import read, writing_to
 from loop.config import Config
 from loop.errors import UserError
 from loop.recipe import load_recipe, to_plain
@@ -63,14 +63,10 @@ def records_file(reports: Path, device_slug: str) -> Path:
     """Where this device's records are. What is the user's to mend is to mend now, not after the measurements: raises
     UserError for a damaged line or a path that can't be."""
     path = reports / "data" / device_slug / "records.jsonl"
-    try:
+    with writing_to(reports):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             read(path)
-    except OSError as error:
-        raise UserError(
-            f"--reports {reports}: {error.filename}: {error.strerror}; a folder to write to is expected"
-        ) from error
     return path
 
 

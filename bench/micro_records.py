@@ -10,8 +10,7 @@ import dataclasses
 import json
 import math
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from abtest import jsonl
 from abtest.jsonl import expect, keys, number
 from abtest.verdict import Level
-from loop.errors import UserError
+from bench.records import writing_to
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +167,7 @@ class Recorder:
         """Appends what `run_micro` returned. Raises UserError where the file can't be written."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = MicroRecord(now, self.command, self.environment, result)
-        with _writing(self.reports):
+        with writing_to(self.reports):
             jsonl.append(self.path, jsonl.dumps(record))
 
     def render(self) -> None:
@@ -177,17 +176,8 @@ class Recorder:
         from bench.report import render
 
         data_dir = self.reports / "data"
-        with _writing(self.reports), alone_in(data_dir):
+        with writing_to(self.reports), alone_in(data_dir):
             render(data_dir, self.reports)
-
-
-@contextmanager
-def _writing(reports: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = f"{error.filename}: {error.strerror}"
-        raise UserError(f"--reports {reports}: {why}; a folder to write to is expected") from error
 
 
 def recorder(device: torch.device, reports: Path, arguments: Sequence[str]) -> Recorder:
@@ -196,7 +186,7 @@ def recorder(device: torch.device, reports: Path, arguments: Sequence[str]) -> R
     from abtest.environment import describe
 
     made = Recorder(reports, shlex.join(["python", "-m", "bench.micro", *_without_reports(arguments)]), describe(device))
-    with _writing(reports):
+    with writing_to(reports):
         made.path.parent.mkdir(parents=True, exist_ok=True)
         if made.path.exists():
             read(made.path)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +16,7 @@ from typing import Any, Literal, get_args
 from abtest import jsonl
 from abtest.jsonl import expect, numbers, strings
 from abtest.verdict import Verdict
+from loop.errors import UserError
 
 SCHEMA = 1
 TEXT_FIELDS = ("run_id", "arm", "role", "summary", "exactness", "why_exact", "command", "finished_at")
@@ -86,6 +89,16 @@ class Record:
             raise ValueError(f"arm {self.arm!r} is {self.verdict.level.value} with a check that did not pass")
         if self.schema != SCHEMA:
             raise ValueError(f"record schema {self.schema} is not {SCHEMA}")
+
+
+@contextmanager
+def writing_to(reports: Path) -> Iterator[None]:
+    """Raises UserError where the folder of reports, or a file in it, can't be read or written inside."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise UserError(f"--reports {reports}: {why}; a folder to write to is expected") from error
 
 
 def to_json(record: Record) -> str:
