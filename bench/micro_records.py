@@ -64,10 +64,9 @@ class MicroRecord:
 def _moment(text: str) -> datetime:
     """A time without a zone is UTC. Raises ValueError for what is no ISO 8601 time."""
     try:
-        moment = datetime.fromisoformat(text)
+        return jsonl.moment(text)
     except ValueError as error:
         raise ValueError(f"finished_at {text!r:.60} is not an ISO 8601 time") from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _check_result(result: dict[str, Any]) -> None:

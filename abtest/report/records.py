@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class GateRecord:
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise ValueError(f"record schema {self.schema} is not {SCHEMA}")
-        datetime.fromisoformat(self.finished_at)  # raises ValueError for what is no ISO 8601 time
+        jsonl.moment(self.finished_at)  # raises ValueError for what is no ISO 8601 time
 
     @property
     def model(self) -> str:
@@ -76,8 +76,7 @@ class GateRecord:
     @property
     def finished(self) -> datetime:
         """When the run finished; a time without a zone is UTC."""
-        moment = datetime.fromisoformat(self.finished_at)
-        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return jsonl.moment(self.finished_at)
 
 
 def to_json(record: GateRecord) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
+from abtest import jsonl
 from bench import records
 from bench.records import Record
 from bench.report.settings import BASELINES, Trained, folder_names, reference_of, trained
@@ -140,5 +141,4 @@ def newest_by_arm(ordered: Iterable[Record]) -> dict[str, Record]:
 
 def finished(record: Record) -> datetime:
     """When the arm finished; a time without a zone is UTC. Raises ValueError for what is no ISO 8601 time."""
-    moment = datetime.fromisoformat(record.finished_at)
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return jsonl.moment(record.finished_at)

@@ -25,11 +25,11 @@ def micro_section(micro: Mapping[str, Any]) -> str:
     if micro.get("untimed"):
         notes.append(f"Not timed: {prose(str(micro['untimed']))}.")
     else:
-        notes.append("Times are of forward plus backward with a cold L2, in turn; the ceiling is the time floor that the ")
-        notes[-1] += (
-            "measured copy bandwidth and matrix rate set. Copies that move as many bytes in two launches take the last "
+        notes.append(
+            "Times are of forward plus backward with a cold L2, in turn; the ceiling is the time floor that the measured "
+            "copy bandwidth and matrix rate set. Copies that move as many bytes in two launches take the last column's "
+            "share of the time: small ones do not reach the bandwidth of large ones."
         )
-        notes[-1] += "column's share of the time: small ones do not reach the bandwidth of large ones."
     return "\n\n".join(["## Microbenchmark", table(HEADER, rows, numeric=range(4, 13)) if rows else "", " ".join(notes)])
 
 
