@@ -62,10 +62,14 @@ class Arm:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.end(5 if kind is None else 0.1)
 
-    def end(self, patience: float) -> None:
-        """Ends the process, which has `patience` seconds to end by itself."""
+    def close(self) -> None:
+        """Tells the process that nothing more will be asked, and waits for nothing."""
         with contextlib.suppress(BrokenPipeError):  # the process may have ended with a command still in the pipe
             self.process.stdin.close()
+
+    def end(self, patience: float) -> None:
+        """Ends the process, which has `patience` seconds to end by itself."""
+        self.close()
         try:
             self.process.wait(timeout=patience)
         except subprocess.TimeoutExpired:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -54,9 +55,20 @@ def _same_start(build: dict[str, Any], other: dict[str, Any], who: str) -> None:
         raise ArmFailed(f"{who} does not begin with the same weights as stock")
 
 
+@contextmanager
+def _settled(awaited: Iterable[Future]) -> Iterator[None]:
+    """Whoever waits for one of them that the block ends without is told so, instead of waiting for ever."""
+    try:
+        yield
+    finally:
+        for one in awaited:
+            if not one.done():
+                one.set_exception(ArmFailed("the reference ended before it was through"))
+
+
 @dataclass(frozen=True)
 class _Collected:
-    """What an arm reported before the reference was through; `error` ended it early."""
+    """What an arm reported, perhaps before the reference was through; `error` ended it early."""
 
     arm: Arm
     evidence: Evidence | None
@@ -89,6 +101,11 @@ class Experiment:
         self.early: dict[ArmSpec, _Collected] = {}
         self.starting = threading.Lock()
         self.trained, self.memorised_by_heart, self.exact_through = (threading.Event() for _ in range(3))
+        # What an arm beside the reference has to know of it: its census, and its gradients by state.
+        self.work_known: Future[dict] = Future()
+        self.gradients_known: dict[str, Future[dict]] = {state: Future() for state in self.states}
+        self.seeds = deque(range(settings.replicas))  # of replicas that nobody has begun
+        self.kicked: dict[int, list[float]] = {}  # their losses
         self.reference_arm = self._arm(ArmSpec("stock", config, base))
         self.truths = Truths(lambda: self._arm(ArmSpec("oracle", config, exact=True)), settings, self.weights, on_progress)
 
@@ -98,10 +115,12 @@ class Experiment:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.spare is not None:
             self.spare.end(0)  # it may still be importing, for nobody
-        own = (self.reference_arm, self.repeat_arm, self.truths.arm)
-        for arm in (*own, *(collected.arm for collected in self.early.values())):
-            if arm is not None:
-                arm.__exit__(kind, error, trace)
+        own = (self.reference_arm, self.repeat_arm, self.truths.arm, *(collected.arm for collected in self.early.values()))
+        left = [arm for arm in own if arm is not None]
+        for arm in left:
+            arm.close()  # they end side by side
+        for arm in left:
+            arm.__exit__(kind, error, trace)
 
     def end_repeat(self) -> None:
         """Ends the reference's second process once it has been timed."""
@@ -136,10 +155,11 @@ class Experiment:
 
     # The reference, and all that candidates are compared with
 
-    def prepare(self, first: ArmSpec | None = None, timed: bool = True) -> None:
+    def prepare(self, first: ArmSpec | None = None, timed: bool = True, traced: bool = False) -> None:
         """Runs the reference, its oracle, its repeat and its kicked replicas; beside them, where arms may work in parallel,
-        also the arm that will be gated first. timed: the repeat's process stays, to be timed."""
-        began = time.monotonic()
+        also the arm that will be gated first. timed: the repeat's process stays, to be timed. traced: that arm will be
+        compared with the reference layer by layer, too."""
+        began, self.traced = time.monotonic(), traced
         reference = self.reference_arm
         self.repeat_arm = self._arm(ArmSpec("stock again", self.config, self.base))
         build, exact, again = self._together(reference.build, self.truths.build, self.repeat_arm.build)
@@ -154,23 +174,29 @@ class Experiment:
         # Those come last that wait for the oracle: for what it finds, or for its memory.
         tasks = [lambda: self._reference_evidence(build), self._exact, self._replicas, lambda: self._repeat(again, timed)]
         if beside:
-            tasks.append(lambda: self._collect_early(first))
-        reference, _, self.replicas, gradients, *_ = self._together(*tasks)
+            tasks += [lambda: self._beside(first), self._more_replicas]
+        reference, _, _, gradients, *_ = self._together(*tasks)
         self.reference = dataclasses.replace(reference, gradients=gradients)
-        self.sigma = noise_floor(self.reference.losses, self.replicas)
+        self.sigma = noise_floor(self.reference.losses, [self.kicked[seed] for seed in sorted(self.kicked)])
         self.seconds["prepare"] = time.monotonic() - began
+
+    def _beside(self, spec: ArmSpec) -> None:
+        self.exact_through.wait()  # until then memory is the oracle's
+        self._collect_early(spec, self.traced)
 
     def _repeat(self, build: dict, timed: bool) -> dict[str, dict]:
         """The reference's second process: the run once more, and the reference's gradients. Those take as long as all else
         that the reference is asked for, and its two processes have the same bits or nothing is compared."""
-        # Not resynced: the repeat must come to the same weights by itself.
-        self.repeat = Evidence(build, self._free_run(self.repeat_arm, resync={}))
-        self.trained.wait()
-        self.exact_through.wait()  # until then memory is the oracle's
-        gradients = {state: self._reference_gradients(state) for state in self.states}
+        with _settled(self.gradients_known.values()):
+            # Not resynced: the repeat must come to the same weights by itself.
+            self.repeat = Evidence(build, self._free_run(self.repeat_arm, resync={}))
+            self.trained.wait()
+            self.exact_through.wait()
+            for state, known in self.gradients_known.items():
+                known.set_result(self._reference_gradients(state))
         if not timed:
             self.end_repeat()
-        return gradients
+        return {state: known.result() for state, known in self.gradients_known.items()}
 
     def _reference_gradients(self, state: str) -> dict:
         """The reference's gradients, and how far its packed path and the chunked rule are from the oracle at this state."""
@@ -215,22 +241,36 @@ class Experiment:
         resync = self.resync if resync is None else resync
         return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
 
-    def _replicas(self) -> list[list[float]]:
-        """The losses of every kicked reference. Without recomputation where there may be memory for it: in full fine-tuning
+    def _replicas(self, name: str = "replicas") -> None:
+        """Kicked references until none is left. Without recomputation where there may be memory for it: in full fine-tuning
         on a GPU the other arms need it, each of which has fp32 weights and moments of its own."""
         self.trained.wait()
         if self.config.method == "lora" or resolve_device(self.config)[0].type == "cpu":
             try:
-                return self._kicked((*self.base, UNCHECKPOINTED))
+                return self._kicked(ArmSpec(name, self.config, (*self.base, UNCHECKPOINTED)))
             except ArmFailed:  # what it keeps did not fit beside the others after all
                 pass
-        return self._kicked(self.base)
+        return self._kicked(ArmSpec(name, self.config, self.base))
 
-    def _kicked(self, optimizations: tuple[str, ...]) -> list[list[float]]:
-        with self._arm(ArmSpec("replicas", self.config, optimizations)) as arm:
+    def _more_replicas(self) -> None:
+        """A second process for them, once there is memory for it and if it is worth its start."""
+        self.exact_through.wait()
+        if len(self.seeds) > 1:
+            self._replicas("more replicas")
+
+    def _kicked(self, spec: ArmSpec) -> None:
+        with self._arm(spec) as arm:
             arm.build()
-            seeds = range(self.settings.replicas)
-            return [self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"] for seed in seeds]
+            while self.seeds:
+                try:
+                    seed = self.seeds.popleft()
+                except IndexError:  # the other process was faster
+                    return
+                try:
+                    self.kicked[seed] = self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"]
+                except ArmFailed:
+                    self.seeds.append(seed)
+                    raise
 
     # An arm's evidence
 
@@ -243,7 +283,12 @@ class Experiment:
         finally:  # whoever waits finds a file missing, and ends
             self.trained.set()
             self.memorised_by_heart.set()
-        return self._evidence(self.reference_arm, build, run, candidate=False)
+        with _settled([self.work_known]):
+            evidence = self._evidence(self.reference_arm, build, run, candidate=False)
+            self.work_known.set_result(evidence.work)
+        if self.traced:
+            self._trace(self.reference_arm)
+        return evidence
 
     def _evidence(self, arm: Arm, build: dict, run: dict, candidate: bool) -> Evidence:
         """All but the tripwire, and but for the reference's gradients, which its repeat is asked for. What needs no oracle
@@ -273,15 +318,17 @@ class Experiment:
         """Bends the arm's own parts, and says whether a gate over those gradients turns red."""
         state = self.states[1]
         truths = {str(index): self.truths.get(state, index) for index in range(min(TRIPWIRE_PROBES, self.settings.probes))}
-        own = [name for name in changes(self.reference.work, work).new_names if not name.startswith(("aten::", "prim"))]
+        own = [name for name in changes(self.work_known.result(), work).new_names if not name.startswith(("aten::", "prim"))]
         answer = arm.call(
             "tripwire", **self.truths.at(state), truths=truths, new_operators=own, rows=self._rows(arm, state) + ".bent"
         )
-        return read_tripwire(state, self.reference.gradients[state], answer, self.reference.build["elements"])
+        return read_tripwire(state, self.gradients_known[state].result(), answer, self.reference_arm.built["elements"])
 
-    def _trace(self, arm: Arm) -> str:
-        path = str(self.folder / f"trace-{arm.spec.name}.safetensors")
-        arm.call("trace", **self.truths.at(self.states[2]), index=0, path=path)
+    def _trace(self, arm: Arm) -> Path:
+        """Where the arm's trace is, once it has been asked for one."""
+        path = self.folder / f"trace-{arm.spec.name}.safetensors"
+        if not path.exists():
+            arm.call("trace", **self.truths.at(self.states[2]), index=0, path=str(path))
         return path
 
     # Verdicts
@@ -293,14 +340,12 @@ class Experiment:
     def gate_arm(self, spec: ArmSpec, claim: Exactness, traced: bool = False) -> Candidate:
         """Builds and runs an arm in a fresh process, if that is not done yet, and judges it. The caller ends the arm. Raises
         ArmFailed."""
-        collected = self.early.pop(spec, None) or self._collect(spec)
+        collected = self.early.pop(spec, None) or self._collect(spec, traced)
         began, arm, evidence = time.monotonic() - collected.seconds, collected.arm, collected.evidence
         with ExitStack() as stack:
             stack.push(arm)
             if collected.error is not None:
                 raise collected.error
-            if evidence is not None:
-                evidence = dataclasses.replace(evidence, tripwire=self._tripwire(arm, evidence.work))
             rows = self._compare_traces(arm) if traced and evidence is not None else []
             stack.pop_all()  # it goes on living, for timing
         self.seconds[spec.name] = time.monotonic() - began
@@ -317,11 +362,11 @@ class Experiment:
         """The evidence of several arms, gathered side by side, for `gate_arm` to judge."""
         self._together(*(lambda spec=spec: self._collect_early(spec) for spec in specs))
 
-    def _collect_early(self, spec: ArmSpec) -> None:
-        self.early[spec] = self._collect(spec)
+    def _collect_early(self, spec: ArmSpec, traced: bool = False) -> None:
+        self.early[spec] = self._collect(spec, traced)
 
-    def _collect(self, spec: ArmSpec) -> _Collected:
-        """An arm's evidence but for the tripwire, which has to know what the reference did."""
+    def _collect(self, spec: ArmSpec, traced: bool = False) -> _Collected:
+        """An arm's evidence; the tripwire comes last, since it has to know what the reference did."""
         began, evidence, error = time.monotonic(), None, None
         with ExitStack() as stack:
             arm = stack.enter_context(self._arm(spec))
@@ -330,6 +375,9 @@ class Experiment:
                 self.trained.wait()
                 if not build["refused"]:
                     evidence = self._evidence(arm, build, self._free_run(arm), candidate=True)
+                    evidence = dataclasses.replace(evidence, tripwire=self._tripwire(arm, evidence.work))
+                    if traced:
+                        self._trace(arm)
             except ArmFailed as failed:
                 error = failed
             stack.pop_all()  # whoever gates the arm ends it
@@ -345,7 +393,4 @@ class Experiment:
         return compared
 
     def _compare_traces(self, arm: Arm) -> list[dict[str, Any]]:
-        reference = Path(self.folder / "trace-stock.safetensors")
-        if not reference.exists():
-            self._trace(self.reference_arm)
-        return trace.compare(reference, Path(self._trace(arm)), Path(self.oracle_trace))
+        return trace.compare(self._trace(self.reference_arm), self._trace(arm), self.oracle_trace)

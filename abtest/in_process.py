@@ -27,6 +27,9 @@ class InProcessArm(Arm):
     def __init__(self, spec: ArmSpec) -> None:
         self.spec, self.worker = spec, Worker(io.StringIO())
 
+    def close(self) -> None:
+        """Nothing to tell: `__exit__` is all."""
+
     def __exit__(self, kind, error, trace) -> None:
         del self.worker
 

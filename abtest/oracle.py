@@ -26,6 +26,9 @@ from loop.model import plain_micro_step
 from loop.run import Run
 
 FP64_PARAMETERS = 2**26  # up to this size fp64 costs little anywhere; beyond, many GPUs take 64 times as long for it
+# Positions that are computed at a time where documents are shorter. So many keep what backward needs, which takes no more
+# memory than the logits of a pack and spares a second forward; a longer document is recomputed, if the run recomputes.
+TOGETHER = 2048
 
 
 class _Promote(TorchFunctionMode):
@@ -85,7 +88,8 @@ class ExactGradients:
 
 
 def unpacked(batch: PackedBatch) -> Iterator[PackedBatch]:
-    """The documents of a pack as rows of plain batches, those of about the same length together.
+    """The documents of a pack as rows of plain batches, those of about the same length together, `TOGETHER` positions if
+    that is more than one.
 
     Nothing is packed: a row holds one document, and behind it zeros that a causal model cannot see from the document.
     Documents without a supervised token have no gradient and are left out.
@@ -97,17 +101,40 @@ def unpacked(batch: PackedBatch) -> Iterator[PackedBatch]:
         if bool((labels != IGNORE).any()):
             padded = -(-(end - start) // CHUNK) * CHUNK
             by_length.setdefault(padded, []).append((ids, labels))
-    for length, rows in sorted(by_length.items()):
-        ids = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _ in rows])
-        labels = torch.stack([F.pad(labels, (0, length - len(labels)), value=IGNORE) for _, labels in rows])
-        positions = torch.arange(length, device=ids.device).expand(len(rows), -1)
-        cu_seqlens = torch.arange(0, ids.numel() + 1, length, dtype=torch.int32, device=ids.device)
-        yield PackedBatch(ids, labels, positions, cu_seqlens, ids.numel(), int((labels != IGNORE).sum()))
+    for length, own in sorted(by_length.items()):
+        count = max(1, TOGETHER // length)
+        for first in range(0, len(own), count):
+            yield _rows(own[first : first + count], length)
 
 
-def exact_gradients(run: Run, probe: Sequence[PackedBatch], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _rows(documents: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int) -> PackedBatch:
+    """Ids and labels of documents, each in a row of `length` of its own."""
+    ids = torch.stack([F.pad(ids, (0, length - len(ids))) for ids, _ in documents])
+    labels = torch.stack([F.pad(labels, (0, length - len(labels)), value=IGNORE) for _, labels in documents])
+    positions = torch.arange(length, device=ids.device).expand(len(documents), -1)
+    cu_seqlens = torch.arange(0, ids.numel() + 1, length, dtype=torch.int32, device=ids.device)
+    return PackedBatch(ids, labels, positions, cu_seqlens, ids.numel(), int((labels != IGNORE).sum()))
+
+
+@contextmanager
+def keeping(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """If `wanted`, nothing that backward needs is recomputed inside the block; transformers' layers look at a flag of
+    theirs in every forward. Gradients have the same bits either way."""
+    recomputed = [module for module in model.modules() if wanted and getattr(module, "gradient_checkpointing", False)]
+    for module in recomputed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in recomputed:
+            module.gradient_checkpointing = True
+
+
+def exact_gradients(
+    run: Run, probe: Sequence[PackedBatch], dtype: torch.dtype, together: int = TOGETHER
+) -> dict[str, torch.Tensor]:
     """Gradients of a probe's micro-batches together by canonical name, from unpacked documents; `run` went through
-    `make_exact`.
+    `make_exact`. together: up to so many positions at a time keep what backward needs.
 
     Raises RuntimeError when a trained parameter gets none: a comparison with nothing would pass everything.
     """
@@ -115,7 +142,8 @@ def exact_gradients(run: Run, probe: Sequence[PackedBatch], dtype: torch.dtype) 
     with exact_arithmetic(dtype):
         for batch in probe:
             for rows in unpacked(batch):
-                plain_micro_step(run, rows.to(run.device), supervised(probe))
+                with keeping(run.model, rows.positions <= together):
+                    plain_micro_step(run, rows.to(run.device), supervised(probe))
     gradients = run.optimizer.gradients()
     missing = [name for name, gradient in gradients.items() if gradient is None]
     if missing:
@@ -198,7 +226,7 @@ def recurrence_error(run: Run, batch: PackedBatch, dtype: torch.dtype) -> tuple[
         module = run.model.get_submodule(name)
         module.__class__ = Recurrence  # the oracle's own model, which nothing else sees
     try:
-        return worst_error(exact_gradients(run, [short], dtype), chunked)
+        return worst_error(exact_gradients(run, [short], dtype, together=0), chunked)  # a state a token is a lot to keep
     finally:
         for name in layers:
             run.model.get_submodule(name).__class__ = PackedDeltaNet

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from loop.run import Run
+
+
+@dataclass(frozen=True)
+class Start:
+    """Copies of what a run begins with, so that the next replica need not be built: every weight, frozen ones too, and the
+    optimizer's state."""
+
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, run: Run) -> Start:
+        """`run` has not trained yet."""
+        weights = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+        return cls(weights, {name: value.clone() for name, value in run.optimizer.state().items()})
+
+    @torch.no_grad()
+    def restore(self, run: Run) -> None:
+        """Takes `run`, whose weights and moments have moved, back to where it began."""
+        for name, parameter in run.model.named_parameters():
+            parameter.copy_(self.weights[name])
+        run.optimizer.load_state(self.optimizer)
+        run.optimizer.zero_grad()
 
 
 @torch.no_grad()

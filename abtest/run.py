@@ -143,7 +143,7 @@ def _gate(
     spec = ArmSpec(" + ".join(names), config, tuple(command.optimization), command.plant)
     with Experiment(config, command.gate, scratch, environment, progress) as experiment:
         try:
-            experiment.prepare(spec, timed=False)
+            experiment.prepare(spec, timed=False, traced=True)
         except ArmFailed as error:
             progress.say(error.output)
             raise UserError(f"without its reference nothing can be compared: {error}") from error

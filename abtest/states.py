@@ -21,7 +21,7 @@ from loop.files import write_safetensors
 from loop.model import canonical_name
 from loop.run import Run
 
-OVERFIT = "overfit"
+OVERFIT, SLOW = "overfit", "slow decay"
 SLOW_DECAY = 0.05  # A of every other head at the slow state
 OVERFIT_STEPS, OVERFIT_LOSS = 150, 0.003  # at most so many; a mean loss of 0.003 is p(target) = 0.997
 REACH = 25.0  # how large a logit must be able to get for p(target) -> 1 over some 100,000 columns
@@ -29,7 +29,12 @@ REACH = 25.0  # how large a logit must be able to get for p(target) -> 1 over so
 
 def names(steps: int) -> tuple[str, str, str, str]:
     """The four states of a free run: at the start, a third in (with slow heads), at the last step, and overfit."""
-    return "step 0", f"step {steps // 3}, slow decay", f"step {steps - 1}", OVERFIT
+    return "step 0", f"step {steps // 3}, {SLOW}", f"step {steps - 1}", OVERFIT
+
+
+def is_slow(name: str) -> bool:
+    """Whether it is the state with heads that forget slowly, in which a leak does not fade."""
+    return name.endswith(SLOW)
 
 
 def resync_steps(steps: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import CONFIG
 
-from abtest import worker
+from abtest import states, worker
 from abtest.arm import ROOT, Arm, ArmFailed, ArmSpec
 from abtest.in_process import InProcessArm
 from abtest.worker import Worker
@@ -150,13 +150,26 @@ def test_a_worker_notes_what_the_reference_was_off_by_and_computes_it_once(tmp_p
         "folder": str(tmp_path / "o"),
         "budget": 1 << 30,
     }
-    answers = {index: made.oracle("step 0", index=index, **ask) for index in (0, 1, 4)}
-    noted = {index: set(answer["notes"]) for index, answer in answers.items()}
-    assert noted == {0: {"packing_error"}, 1: {"packing_error", "recurrence_error"}, 4: set()}
-    assert all(0 < error < 1e-9 for error, _ in answers[1]["notes"].values())
-    assert len(list((tmp_path / "o").iterdir())) == 3
+    _, slow, _, overfit = states.names(30)
+    answers = {(state, i): made.oracle(state, index=i, **ask) for state in (slow, overfit) for i in (0, 1, 4)}
+    noted = {key: set(answer["notes"]) for key, answer in answers.items()}
+    both = {"packing_error", "recurrence_error"}
+    assert [noted[slow, i] for i in (0, 1, 4)] == [{"packing_error"}, both, set()]
+    assert [noted[overfit, i] for i in (0, 1, 4)] == [{"packing_error"}, {"packing_error"}, set()]
+    assert all(0 < error < 1e-9 for error, _ in answers[slow, 1]["notes"].values())
+    assert len(list((tmp_path / "o").iterdir())) == 6
     monkeypatch.setattr(worker, "exact_gradients", None)
-    assert {index: made.oracle("step 0", index=index, **ask) for index in answers} == answers
+    assert {key: made.oracle(key[0], index=key[1], **ask) for key in answers} == answers
+
+
+def test_a_state_between_is_noted_for_its_probe_with_the_most_boundaries(tmp_path):
+    made = Worker(io.StringIO())
+    made.build(to_plain(CONFIG), [], exact=True)
+    path = str(tmp_path / "w.safetensors")
+    made.save_weights(path)
+    ask = {"weights": path, "count": 6, "seed": 0, "folder": str(tmp_path / "o"), "budget": 1 << 30}
+    for state in (states.names(30)[0], states.names(30)[2]):
+        assert [set(made.oracle(state, index=i, **ask)["notes"]) for i in (0, 1)][1] == {"packing_error"}
 
 
 # The same without a process

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import CONFIG, tiny
 
+from abtest import fingerprint as fp
 from abtest import free_run as module
 from abtest.catalogue.patching import around_micro_step, swap_optimizer
 from abtest.free_run import KEYS, free_run, save_state, state_bytes, step_batches
+from abtest.perturb import Start
 from abtest.states import resync_steps
 from loop.optim import learning_rate
 from loop.run import Run
@@ -166,6 +168,25 @@ def test_replicas_are_kicked_at_the_start_and_after_every_resync(reference, monk
     monkeypatch.undo()
     assert free_run(*started(), STEPS, silent, resync=files, kick_seed=3)["loss"] == replica["loss"]
     assert free_run(*started(), STEPS, silent, resync=files, kick_seed=4)["loss"] != replica["loss"]
+
+
+def test_a_replica_that_is_restored_is_the_one_that_would_be_built(reference) -> None:
+    """Of a run that trained, with other frozen weights by then, moments, and a gradient left over."""
+    _, files = reference
+    built = {seed: free_run(*started(), STEPS, silent, resync=files, kick_seed=seed)["loss"] for seed in (3, 4)}
+    run, dataset = started()
+    marks = (fp.fingerprint(dict(run.model.named_parameters())), fp.fingerprint(run.optimizer.state()))
+    start = Start.of(run)
+    for seed in (4, 3, 4):
+        assert free_run(run, dataset, STEPS, silent, resync=files, kick_seed=seed)["loss"] == built[seed]
+        master = next(iter(run.optimizer.masters.values()))
+        master.grad = torch.ones_like(master)
+        start.restore(run)
+        assert fp.fingerprint(dict(run.model.named_parameters())) == marks[0]
+        state = run.optimizer.state()
+        assert fp.fingerprint({name: value for name, value in state.items() if name.startswith("master.")}) == marks[1]
+        assert not any(value.any() for name, value in state.items() if not name.startswith("master."))
+        assert all(gradient is None for gradient in run.optimizer.gradients().values())
 
 
 def leaves_out(run: Run, names: list[str]) -> None:

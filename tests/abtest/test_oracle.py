@@ -242,6 +242,36 @@ def test_unpacked_documents_are_rows_of_their_own(own):
         assert sum(rows.supervised_tokens for rows in unpacked(batch)) == batch.supervised_tokens
 
 
+def test_short_documents_are_not_recomputed_and_long_ones_are(own, monkeypatch):
+    """By the number of forwards of a layer a backward; the gradients have the same bits."""
+    run, _ = tiny(gradient_checkpointing=True)
+    run.optimizer.release()
+    run.optimizer = oracle.ExactGradients(run.optimizer.parameters)
+    layer, forwards = run.model.get_decoder().layers[0], []
+    layer.input_layernorm.register_forward_hook(lambda *_: forwards.append(1))
+    batches = sum(len(list(unpacked(batch))) for batch in own[0])
+
+    def count(**named) -> tuple[int, Gradients]:
+        forwards.clear()
+        found = {name: g.clone() for name, g in exact_gradients(run, own[0], torch.float32, **named).items()}
+        return len(forwards), found
+
+    (kept, one), (recomputed, other) = count(), count(together=0)
+    assert (kept, recomputed) == (batches, 2 * batches)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(RuntimeError, match="halfway"), oracle.keeping(run.model, True):
+        assert not run.model.is_gradient_checkpointing
+        raise RuntimeError("halfway")
+    assert run.model.is_gradient_checkpointing
+
+
+def test_few_positions_are_computed_at_a_time(monkeypatch):
+    monkeypatch.setattr(oracle, "TOGETHER", 256)
+    sizes = [(len(rows.input_ids), rows.positions) for rows in unpacked(tricky_batch(4 * 961, 1, 99, seed=0))]
+    assert max(count for count, _ in sizes) == 4 and any(positions == 1024 for _, positions in sizes), sizes
+    assert all(positions <= 256 or count == 1 for count, positions in sizes), sizes
+
+
 def test_fp32_in_so_many_words_becomes_fp64_inside_and_only_there():
     x = torch.ones(2, dtype=torch.float64)
     for ask in (lambda: x.float(), lambda: x.to(torch.float32), lambda: torch.softmax(x, 0, dtype=torch.float32),

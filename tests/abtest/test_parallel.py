@@ -162,15 +162,17 @@ def test_where_optimizers_are_large_arms_take_turns(unmanned, monkeypatch):
 
     for name in ("_exact", "_repeat"):
         monkeypatch.setattr(unmanned, name, task)
-    monkeypatch.setattr(unmanned, "_replicas", lambda: task() or [[1.0]])
     monkeypatch.setattr(unmanned, "_reference_evidence", lambda build: task() or Evidence(build, {"loss": [1.0]}))
-    monkeypatch.setattr(unmanned, "_collect_early", task)
+    for name in ("_replicas", "_more_replicas", "_collect_early"):
+        monkeypatch.setattr(unmanned, name, task)
+    unmanned.exact_through.set()
+    unmanned.kicked[0] = [1.0]
     BUILT["state_bytes"] = experiment_module.RESYNC_BYTES + 1
     unmanned.prepare(FIRST)
     assert unmanned.crowded and not unmanned.resync and most == [1, 1, 1, 1], "and the first arm comes later"
     BUILT["state_bytes"] = experiment_module.RESYNC_BYTES
     unmanned.prepare(FIRST)
-    assert not unmanned.crowded and unmanned.resync and len(most) == 9 and max(most) > 1
+    assert not unmanned.crowded and unmanned.resync and len(most) == 10 and max(most) > 1
 
 
 @pytest.mark.parametrize(
@@ -180,17 +182,67 @@ def test_where_optimizers_are_large_arms_take_turns(unmanned, monkeypatch):
 def test_replicas_run_without_recomputation_where_that_may_fit(method, device, expected, unmanned, monkeypatch):
     tried = []
 
-    def runs(optimizations):
-        tried.append(optimizations)
-        if UNCHECKPOINTED in optimizations:
+    def runs(spec):
+        tried.append(spec.optimizations)
+        if UNCHECKPOINTED in spec.optimizations:
             raise ArmFailed("out of memory")
-        return [[1.0]]
 
     monkeypatch.setattr(unmanned, "_kicked", runs)
     monkeypatch.setattr(experiment_module, "resolve_device", lambda config: (torch.device(device), torch.float32))
     unmanned.config = dataclasses.replace(CONFIG, method=method)
     unmanned.trained.set()
-    assert unmanned._replicas() == [[1.0]] and tried == expected
+    unmanned._replicas()
+    assert tried == expected
+
+
+def test_two_processes_share_the_replicas_and_what_one_fails_at_is_made_up_for(unmanned, monkeypatch):
+    """The first process ends at its second replica, once. Each seed is run to its end exactly once."""
+    unmanned.settings = dataclasses.replace(unmanned.settings, replicas=6)
+    unmanned.seeds.extend(range(len(unmanned.seeds), 6))
+    ended, runs = [], []
+
+    def run(arm, phase, kick_seed):
+        time.sleep(0.02)
+        if kick_seed == 1 and not ended:
+            ended.append(kick_seed)
+            raise ArmFailed("out of memory")
+        runs.append(kick_seed)
+        return {"loss": [float(kick_seed)]}
+
+    monkeypatch.setattr(unmanned, "_free_run", run)
+    unmanned.trained.set()
+    unmanned.exact_through.set()
+    unmanned._together(unmanned._replicas, unmanned._more_replicas)
+    assert ended == [1] and sorted(runs) == list(range(6)) and not unmanned.seeds
+    assert unmanned.kicked == {seed: [float(seed)] for seed in range(6)}
+
+
+def test_a_second_process_for_replicas_is_not_worth_its_start_at_the_end(unmanned, monkeypatch):
+    monkeypatch.setattr(unmanned, "_kicked", MagicMock())
+    unmanned.trained.set()
+    unmanned.exact_through.set()
+    unmanned.seeds.clear()
+    unmanned.seeds.append(7)
+    unmanned._more_replicas()
+    unmanned._kicked.assert_not_called()
+
+
+@pytest.mark.parametrize("part", ["_repeat", "_reference_evidence"])
+def test_an_arm_beside_a_reference_that_ends_is_told_so(part, unmanned, monkeypatch):
+    def ends(*arguments, **named):
+        raise ArmFailed("out of memory")
+
+    for name in ("_free_run", "_train", "_evidence"):
+        monkeypatch.setattr(unmanned, name, ends)
+    unmanned.repeat_arm = MagicMock()
+    if part == "_reference_evidence":
+        monkeypatch.setattr(unmanned, "_train", lambda: {"loss": [1.0]})
+    with pytest.raises(ArmFailed, match="out of memory"):
+        getattr(unmanned, part)({}, *([True] if part == "_repeat" else []))
+    awaited = unmanned.gradients_known.values() if part == "_repeat" else [unmanned.work_known]
+    for known in awaited:
+        with pytest.raises(ArmFailed, match="the reference ended"):
+            known.result(timeout=5)
 
 
 def test_the_repeat_asks_for_no_gradients_while_the_oracle_has_the_memory(unmanned, monkeypatch):

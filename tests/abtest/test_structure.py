@@ -88,25 +88,26 @@ def test_poison_fills_what_nobody_wrote_and_goes_away() -> None:
 
 
 class OnlyOnce(torch.autograd.Function):
-    """Lets go of what it saved during backward, as code does that hands its memory on."""
+    """Lets go of what it saved during backward, as code does that hands its memory on. times: backwards until then."""
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.held = [x.new_ones(())]
+    def forward(ctx, x, times):
+        ctx.held = [x.new_ones(())] * times
         return x.clone()
 
     @staticmethod
     def backward(ctx, dy):
         if not ctx.held:
             raise RuntimeError("its memory was handed on\nand a second line")
-        return dy * ctx.held.pop()
+        return dy * ctx.held.pop(), None
 
 
-def test_a_backward_that_can_be_asked_for_once_alone_is_found() -> None:
+@pytest.mark.parametrize("times", [0, 1], ids=["it refuses when another is announced", "it refuses the other one"])
+def test_a_backward_that_can_be_asked_for_once_alone_is_found(times) -> None:
     run, _ = tiny()
     batch, head = tricky(run, 4), run.loss_head
     (fine,) = structure.second_backward(run, batch)
-    run.loss_head = lambda model, hidden, batch: head(model, OnlyOnce.apply(hidden), batch)
+    run.loss_head = lambda model, hidden, batch: head(model, OnlyOnce.apply(hidden, times), batch)
     (found,) = structure.second_backward(run, batch)
     assert fine.passed and not found.passed and found.name == fine.name
     assert found.detail == "it raises its memory was handed on"
