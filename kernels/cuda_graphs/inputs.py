@@ -192,6 +192,15 @@ class StaticPack(Pack):
         return made["chunks"]
 
     @property
+    def starts(self) -> torch.Tensor:
+        """From position ids, which begin anew with every document: nothing needs to be known of the documents."""
+        made = self.__dict__
+        if "starts" not in made:
+            positions = made["inputs"].tokens[2].flatten()
+            made["starts"] = (torch.arange(len(positions), device=positions.device) - positions).to(torch.int32)
+        return made["starts"]
+
+    @property
     def groups(self) -> tuple[torch.Tensor, ...]:
         return self.__dict__["inputs"].ask_documents().groups
 

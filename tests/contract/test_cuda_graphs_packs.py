@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from graphed import LENGTH, made, outcome, pack, same
+from hypothesis import given
+from hypothesis import strategies as st
 
 from abtest.probes import one_document, tricky_batch
+from abtest.probes import pack as pack_rows
 from kernels.cuda_graphs import inputs as static
 from kernels.cuda_graphs.inputs import CHUNKS, GROUPS, ROWS, chunk_count, chunk_indices, padded_rows, row_count, signature
 from kernels.cuda_graphs.micro_step import CAPTURES, REPLAYS
@@ -67,6 +70,38 @@ def test_kernels_that_go_by_chunks_share_graphs_that_have_more_of_them():
         assert same(outcome(run, batch), outcome(plain, batch)), lengths
     assert run.micro_step.asked == {CHUNKS}
     assert run.micro_step.counts == {REPLAYS: 6, CAPTURES: 3}  # of up to 4, 8 and 12 chunks
+
+
+class StartsNet(PackedDeltaNet):
+    """A delta layer that computes as `conv_silu_norm` does: by where each position's document begins."""
+
+    def convolve(self, x: torch.Tensor, pack: Pack) -> torch.Tensor:
+        return x
+
+    def delta_rule(self, q, k, v, g, beta, pack: Pack) -> torch.Tensor:
+        return v - v.index_select(1, pack.starts.long())
+
+
+def test_kernels_that_go_by_where_documents_begin_need_one_graph_for_all_packs():
+    run, plain = (made("qwen3.5-tiny", graphed=graphed)[0] for graphed in (True, False))
+    for own in (run, plain):
+        for module in own.model.modules():
+            if type(module) is PackedDeltaNet:
+                module.__class__ = StartsNet
+    for seed, lengths in enumerate(((70, 10), (64, 64), (1, 2, 3, 4), (5,) * 6, (100, 1))):
+        batch = pack(run, seed, lengths=lengths)
+        assert same(outcome(run, batch), outcome(plain, batch)), lengths
+    assert run.micro_step.asked == set() and run.micro_step.counts == {REPLAYS: 5, CAPTURES: 1}
+
+
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=3))
+def test_a_static_pack_knows_where_documents_begin(rows):
+    """As `Pack` does, which knows the boundaries; from position ids alone. Rows are filled up to one length."""
+    longest = max(map(sum, rows))
+    rows = [[*row, longest - sum(row)] if sum(row) < longest else row for row in rows]
+    batch = pack_rows([[(torch.zeros(n, dtype=torch.int64), torch.full((n,), IGNORE)) for n in row] for row in rows])
+    starts = static.Inputs(batch).pack().starts
+    assert starts.dtype == torch.int32 and torch.equal(starts, Pack.of(batch).starts)
 
 
 def test_a_head_of_supervised_rows_gets_as_many_with_a_graph_as_without():
