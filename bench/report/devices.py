@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from abtest import jsonl
-from bench import records
+from bench import micro_records, records
+from bench.micro_records import MicroRecord
 from bench.records import Record
 from bench.report.settings import BASELINES, Trained, folder_names, reference_of, trained
 from loop.errors import UserError
@@ -77,18 +79,27 @@ class Device:
 
 
 def load(data_dir: Path) -> list[Device]:
-    """Every device that has a record in `data_dir`/<device_slug>/*.jsonl, ordered by slug. `NO_DEVICES` are none.
+    """Every device that has a record in `data_dir`/<device_slug>/*.jsonl, ordered by slug. `NO_DEVICES` are none. An
+    arm that was run without its microbenchmark has the newest that is kept of its own.
 
     Raises UserError for a folder that is not there, a line that is no valid record, and a record of another device.
     """
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such folder of records; `python -m bench.run` makes it")
-    devices = []
+    devices, micro = [], micro_records.load(data_dir)
     for folder in sorted(path for path in data_dir.iterdir() if path.is_dir() and path.name not in NO_DEVICES):
         found = [record for path in sorted(folder.glob("*.jsonl")) for record in _read(path, folder.name)]
         if found:
-            devices.append(select(folder.name, found))
+            alone = {one.optimization: one for one in sorted(micro.get(folder.name, []), key=lambda one: one.finished)}
+            devices.append(select(folder.name, [_with_micro(record, alone) for record in found]))
     return devices
+
+
+def _with_micro(record: Record, alone: Mapping[str, MicroRecord]) -> Record:
+    """The record of one optimization with its op's newest microbenchmark, if the run itself made none."""
+    if record.micro is not None or record.optimizations != (record.arm,) or record.arm not in alone:
+        return record
+    return dataclasses.replace(record, micro=alone[record.arm].result)
 
 
 def _read(path: Path, slug: str) -> list[Record]:

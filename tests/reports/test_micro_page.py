@@ -181,3 +181,20 @@ def test_a_line_that_is_no_record_is_named(tmp_path, changed, words):
         render(tmp_path / "data", tmp_path)
     assert f"{file}:2: not a valid record: " in str(caught.value) and words in str(caught.value)
     assert not (tmp_path / PAGE).exists()
+
+
+def test_an_arm_without_its_microbenchmark_shows_the_newest_of_its_own(tmp_path):
+    """On its page and in the overview; one that was measured in the run itself stays, and so does another device's."""
+    own = result(workloads={"in the run": TIMED | {"ratio": 9.87}})
+    arms = [synthetic.record("silu_mul"), synthetic.record("rms_norm", micro=own), synthetic.record("static_lora")]
+    for arm in arms:
+        device_records.append(tmp_path / "data" / SLUG / "records.jsonl", arm)
+    older = record(result(workloads={"pack": TIMED | {"ratio": 3.21}}), second=1)
+    newer = record(result(workloads={"pack": TIMED | {"ratio": 4.56}}), second=2)
+    other = record(result("static_lora", workloads={"pack": TIMED | {"ratio": 6.54}}), slug="other-gpu")
+    rendered(tmp_path, newer, older, record(result("rms_norm")), other)
+    pages = {name: (tmp_path / SLUG / f"{name}.md").read_text(encoding="utf-8") for name in ("silu_mul", "rms_norm")}
+    overview = (tmp_path / SLUG / "README.md").read_text(encoding="utf-8")
+    assert "4.56x" in pages["silu_mul"] and "3.21x" not in pages["silu_mul"] and "4.56x" in overview
+    assert "9.87x" in pages["rms_norm"] and "2.00x" not in pages["rms_norm"]
+    assert "6.54x" not in overview
