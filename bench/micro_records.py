@@ -184,7 +184,7 @@ def recorder(device: torch.device, reports: Path, arguments: Sequence[str]) -> R
     that can't be. arguments: the command's; which folder the record goes to is no part of it."""
     from abtest.environment import describe
 
-    made = Recorder(reports, shlex.join(["python", "-m", "bench.micro", *_without_reports(arguments)]), describe(device))
+    made = Recorder(reports, shlex.join(["python", "-m", "bench.micro", *without_reports(arguments)]), describe(device))
     with writing_to(reports):
         made.path.parent.mkdir(parents=True, exist_ok=True)
         if made.path.exists():
@@ -192,7 +192,7 @@ def recorder(device: torch.device, reports: Path, arguments: Sequence[str]) -> R
     return made
 
 
-def _without_reports(arguments: Sequence[str]) -> list[str]:
+def without_reports(arguments: Sequence[str]) -> list[str]:
     """The arguments without `--reports PATH`, a path of somebody's machine."""
     kept: list[str] = []
     left = iter(arguments)

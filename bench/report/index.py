@@ -18,10 +18,11 @@ HOW = (
 
 
 def index_page(
-    devices: Sequence[tuple[Device, Sequence[Shipping]]], gated: bool, compiled: bool = False, micro: bool = False
-) -> str:
-    """Markdown of `reports/README.md`, from each device with the decision for each of its settings. gated, compiled, micro:
-    whether there is a page on the gate, on what kernels compile to, on microbenchmarks."""
+    devices: Sequence[tuple[Device, Sequence[Shipping]]], gated: bool, compiled: bool = False, micro: bool = False,
+    profiled: bool = False,
+) -> str:  # fmt: skip
+    """Markdown of `reports/README.md`, from each device with the decision for each of its settings. gated, compiled, micro,
+    profiled: whether there is a page on the gate, on what kernels compile to, on microbenchmarks, on profiles."""
     header = ("device", "trained", "switch on", "speed", "real tok/s", "peak memory", "verdict", "finished")
     rows = []
     for device, decisions in devices:
@@ -35,7 +36,9 @@ def index_page(
     alone = (
         "\n[Microbenchmarks](micro/README.md): each optimization's op alone, and how near it is to what the device can do.\n"
     )
-    others = (gate if gated else "") + (code_of if compiled else "") + (alone if micro else "")
+    where = "\n[Profiles](profile/README.md): where the time and the memory of a step go.\n"
+    pages = ((gate, gated), (code_of, compiled), (alone, micro), (where, profiled))
+    others = "".join(words for words, there in pages if there)
     return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{HOW}\n\n{LEGEND}\n{others}"
 
 

@@ -85,7 +85,15 @@ def test_transformers_imports_from_the_root(root):
     assert done.stdout.strip() == str(root / "kernels/__init__.py")
 
 
-COMMANDS = ("abtest.run", "abtest.sanitize", "abtest.sensitivity", "bench.micro", "bench.run", "loop.train")
+COMMANDS = (
+    "abtest.run",
+    "abtest.sanitize",
+    "abtest.sensitivity",
+    "bench.micro",
+    "bench.profile.__main__",
+    "bench.run",
+    "loop.train",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,6 +10,7 @@ import pytest
 from abtest.report import records, sensitivity_records
 from bench import micro_records
 from bench.cross_compile.records import load
+from bench.profile import records as profile_records
 from bench.records import read
 from bench.report import differences
 from bench.report.devices import NO_DEVICES
@@ -67,6 +68,18 @@ def test_committed_microbenchmarks_say_where_they_come_from(reports):
     for record in found:
         assert len(record.environment["git_sha"]) == 40 and record.environment["git_dirty"] is False
         assert record.command.startswith("python -m bench.micro --optimization") and "--record" in record.command
+
+
+def test_committed_profiles_say_where_they_come_from(reports):
+    found = [record for kept in profile_records.load(reports / "data").values() for record in kept]
+    if not found:
+        pytest.skip("no profile was committed")
+    for record in found:
+        assert len(record.environment["git_sha"]) == 40 and record.environment["git_dirty"] is False
+        assert record.command.startswith("python -m bench.profile") and "--record" in record.command
+        assert record.result["recipe"]["data"].get("path") is None, "a path of somebody's machine"
+        frames = record.result["stacks"].get("frames", [])
+        assert not [frame for frame in frames if "(/" in frame], "a path of somebody's machine"
 
 
 def test_committed_compilations_say_where_they_come_from_and_passed(reports):
