@@ -1,13 +1,14 @@
-"""Times two arms' processes in turn, so that a machine that drifts drifts under both."""
+"""Times the processes of two arms or more in turn, so that a machine that drifts drifts under all of them."""
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from abtest.arm import Arm
+from abtest.arm import Arm, ArmFailed
 from abtest.settings import OnProgress
 from bench.records import Perf
 from bench.timing import ratio_interval
@@ -20,6 +21,21 @@ class TimingConfig:
     blocks: int = 12
     micro_batches: int = 2
     warmup: int = 1
+
+
+Ratio = tuple[float, float, float]  # and the ends of its 95 % interval
+
+
+@dataclass
+class Lap:
+    """One of several arms that were timed in turn. totals: what a block processes. seconds: of every block. ratio: the
+    reference's time over this arm's, at the last look. failed: why it did not get to the end."""
+
+    arm: Arm
+    totals: dict[str, int] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    ratio: Ratio = (1.0, 1.0, 1.0)
+    failed: str | None = None
 
 
 def time_arms(reference: Arm, candidate: Arm, settings: TimingConfig, matmul_rate: float, on_progress: OnProgress) -> Perf:
@@ -56,6 +72,49 @@ def _in_turn(
         on_progress(candidate.spec.name, "timing", block + 1, settings.blocks)
     one, other = np.array(pairs).T
     return totals, one, other
+
+
+def time_round_robin(
+    reference: Arm, arms: Sequence[Arm], settings: TimingConfig, most_blocks: int, enough: Callable[[list[Ratio]], bool],
+    on_progress: OnProgress,
+) -> tuple[Lap, list[Lap]]:  # fmt: skip
+    """The reference and each of `arms`, timed in turn; no two of them have the same name.
+
+    Their ratios are looked at after `settings.blocks` blocks and whenever there are twice as many, until `enough(ratios)` or
+    `most_blocks` is reached: few looks, because each is one more chance for noise to look like a gain. An arm that fails
+    leaves the turns. Raises ArmFailed when the reference does.
+    """
+    laps = [Lap(reference), *map(Lap, arms)]
+    for lap in laps:
+        _guarded(lap, laps[0], lambda lap: lap.totals.update(_prepare(lap.arm, settings)))
+    until = settings.blocks
+    while True:
+        for block in range(len(laps[0].seconds), until):
+            for lap in _order([lap for lap in laps if lap.failed is None], block):
+                _guarded(lap, laps[0], lambda lap: lap.seconds.append(lap.arm.call("time_block")["seconds"]))
+            on_progress(arms[0].spec.name, "timing", block + 1, until)
+        running = [lap for lap in laps[1:] if lap.failed is None]
+        for lap in running:
+            lap.ratio = ratio_interval(np.array(laps[0].seconds), np.array(lap.seconds))
+        if not running or until >= most_blocks or enough([lap.ratio for lap in running]):
+            return laps[0], laps[1:]
+        until = min(2 * until, most_blocks)
+
+
+def _guarded(lap: Lap, reference: Lap, step: Callable[[Lap], None]) -> None:
+    try:
+        step(lap)
+    except ArmFailed as error:
+        if lap is reference:
+            raise
+        lap.failed = str(error)
+
+
+def _order(laps: list[Lap], block: int) -> list[Lap]:
+    """Everybody is first in turn, and comes behind another neighbour in every second block."""
+    start = block % len(laps)
+    turned = laps[start:] + laps[:start]
+    return turned if block % 2 == 0 else turned[::-1]
 
 
 def _prepare(arm: Arm, settings: TimingConfig) -> dict[str, int]:

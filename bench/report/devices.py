@@ -16,7 +16,7 @@ from bench.records import Record
 from bench.report.settings import BASELINES, Trained, folder_names, reference_of, trained
 from loop.errors import UserError
 
-NO_DEVICES = ("cross_compile", "gate", "micro", "profile")  # folders of records that are of no one device's runs
+NO_DEVICES = ("cross_compile", "gate", "micro", "profile", "search")  # folders of records that are of no one device's runs
 
 
 @dataclass(frozen=True)

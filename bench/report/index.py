@@ -19,10 +19,11 @@ HOW = (
 
 def index_page(
     devices: Sequence[tuple[Device, Sequence[Shipping]]], gated: bool, compiled: bool = False, micro: bool = False,
-    profiled: bool = False,
+    profiled: bool = False, searched: bool = False,
 ) -> str:  # fmt: skip
     """Markdown of `reports/README.md`, from each device with the decision for each of its settings. gated, compiled, micro,
-    profiled: whether there is a page on the gate, on what kernels compile to, on microbenchmarks, on profiles."""
+    profiled, searched: whether there is a page on the gate, on what kernels compile to, on microbenchmarks, on profiles, on
+    searches."""
     header = ("device", "trained", "switch on", "speed", "real tok/s", "peak memory", "verdict", "finished")
     rows = []
     for device, decisions in devices:
@@ -37,7 +38,8 @@ def index_page(
         "\n[Microbenchmarks](micro/README.md): each optimization's op alone, and how near it is to what the device can do.\n"
     )
     where = "\n[Profiles](profile/README.md): where the time and the memory of a step go.\n"
-    pages = ((gate, gated), (code_of, compiled), (alone, micro), (where, profiled))
+    sets = "\n[Searches](search/README.md): how the fastest set was found, and what each of its members is worth in it.\n"
+    pages = ((gate, gated), (code_of, compiled), (alone, micro), (where, profiled), (sets, searched))
     others = "".join(words for words, there in pages if there)
     return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{HOW}\n\n{LEGEND}\n{others}"
 

@@ -1,4 +1,4 @@
-"""The device report's figures: speeds as bars, and each arm's loss beside the reference's."""
+"""The reports' figures: speeds as bars, each arm's loss beside the reference's, and the way to the fastest set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench import records
 from bench.records import Record
 from bench.report import text
 
-__all__ = ["DIGEST", "is_ours", "loss_plot", "ratio_plot", "same_image"]
+__all__ = ["DIGEST", "is_ours", "loss_plot", "ratio_plot", "same_image", "waterfall"]
 
 COLORS = {
     "ships": GOOD, "optimization": "#7a93ac", "negative": "#b7a6b0", "combination": "#4a6785", "peer": "#c9a66b",
@@ -69,6 +69,40 @@ def _draw_bars(axes: Axes, timed: Sequence[Record], shipped: Record | None) -> N
     axes.set_xlim(0, end * 1.55)
     axes.set_ylim(-0.6, len(timed) - 0.4)
     axes.axvline(1.0, color=ALARM, lw=1, ls=(0, (4, 3)))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+
+
+def waterfall(steps: Sequence[tuple[str, float]], device: str) -> bytes:
+    """Time of a micro-step as a share of stock's, from stock through `steps` to what they lead to, as a PNG. A step is what
+    changed and the ratio of times before and after it."""
+    times = np.cumprod([100.0, *(1 / ratio for _, ratio in steps)])
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title(label(f"From stock to the best set on {device}", 80))
+        _draw_waterfall(axes, steps, times)
+        axes.set_xlabel("time of a micro-step, % of stock's (lower is faster)")
+
+    shown = ["waterfall", device, *(f"{words}: {ratio!r}" for words, ratio in steps)]
+    return png(draw, (8.0, 1.7 + 0.42 * (len(steps) + 2)), shown)
+
+
+def _draw_waterfall(axes: Axes, steps: Sequence[tuple[str, float]], times: np.ndarray) -> None:
+    """Stock on top, then what each step took away or added, then what is left."""
+    rows = [("stock", 0.0, times[0], COLORS["peer"], "100 %")]
+    for (words, ratio), before, after in zip(steps, times, times[1:], strict=False):
+        color = COLORS["optimization"] if after <= before else ALARM
+        rows.append((words, min(before, after), abs(before - after), color, f"{ratio:.3f}x"))
+    rows.append(("the best set", 0.0, times[-1], COLORS["ships"], f"{times[-1]:.1f} %"))
+    end = max(times)
+    for row, (_, start, width, color, words) in enumerate(rows):
+        axes.barh(row, width, left=start, height=0.62, color=color)
+        axes.text(start + width + 0.012 * end, row, words, va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [label(row[0], 44) for row in rows])
+    axes.set_xlim(0, end * 1.25)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.set_axisbelow(True)

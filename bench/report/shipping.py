@@ -13,8 +13,10 @@ The file is TOML. Top-level keys:
         [setting.not_enabled]  every other optimization of that run = why not, in words
 
 `enable` is what was gated and timed *together*: the fastest lossless combination whose gain is real, or the fastest single
-optimization. A gain is real when the whole 95 % interval of the speed ratio lies above 1, and above what the reference
-timed against itself reaches anywhere in the same run. What lies in `negative_results/` never ships, whatever it measures.
+optimization. The answer of `bench.search` goes before all that was measured earlier in its run, since it was timed in turn
+with sets of that, where ratios to stock of several commands drift apart. A gain is real when the whole 95 % interval of the
+speed ratio lies above 1, and above what the reference timed against itself reaches anywhere in the same run. What lies in
+`negative_results/` never ships, whatever it measures.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from bench.report.devices import Device, newest_by_arm
 from bench.report.settings import BASELINES, Trained, beside, reference_of
 
 SCHEMA = 2
+SEARCH = "search"  # the arm that a search which came to its end has answered with
+PARTIAL_SEARCH = "partial_search"  # one that did not, or was among some names only: a combination as any other
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,15 @@ def _basis(run: _Run) -> Record | None:
         return None
     singles = [record for record in run.current if record.role == "optimization" and _obstacle(record, run) is None]
     combinations = [record for record in run.current if record.role == "combination" and _obstacle(record, run) is None]
-    return max((*singles, *combinations), key=lambda record: record.perf.ratio, default=None)
+    able = [record for record in (*singles, *combinations) if not _searched(record, run)]
+    return max(able, key=lambda record: record.perf.ratio, default=None)
+
+
+def _searched(record: Record, run: _Run) -> bool:
+    """Whether a search that may ship was measured later in the run, and so chose among what `record` is made of."""
+    order = [id(one) for one in run.records]
+    answers = [one for one in run.current if one.arm == SEARCH and one.role == "combination" and _obstacle(one, run) is None]
+    return any(order.index(id(record)) < order.index(id(answer)) for answer in answers)
 
 
 def _bad_reference(run: Sequence[Record], current: Sequence[Record]) -> str | None:
@@ -145,7 +157,10 @@ def _reason(record: Record, basis: Record | None, run: _Run) -> str:
         return f"part of {basis.arm}, measured together"
     if obstacle:
         return obstacle
-    return f"{level.value} and {text.ratio(record.perf)}, but {basis.arm} is faster and they were not measured together"
+    words = f"{level.value} and {text.ratio(record.perf)}"
+    if _searched(record, run):
+        return f"{words}, but the search timed sets of what passed in turn and found a faster one"
+    return f"{words}, but {basis.arm} is faster and they were not measured together"
 
 
 def to_toml(device: Device, decisions: Iterable[Shipping]) -> str:

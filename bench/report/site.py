@@ -8,7 +8,7 @@ from pathlib import Path
 from abtest.report import site
 from abtest.report.site import write
 from bench.records import Record
-from bench.report import cross_compile, index, micro_page, overview, pages, plots, profile_page, shipping
+from bench.report import cross_compile, index, micro_page, overview, pages, plots, profile_page, search_page, shipping
 from bench.report.devices import Device, Setting, load
 from bench.report.text import page_name, prose
 from bench.roofline import device_page as roofline_page
@@ -20,7 +20,7 @@ EARLIER = "no: not in the newest run"
 
 def render(data_dir: Path, out_dir: Path) -> list[Path]:
     """Writes the whole report of the records in `data_dir`/<device_slug>/*.jsonl, and in `data_dir`/gate, /cross_compile,
-    /micro and /profile, to `out_dir`.
+    /micro, /profile and /search, to `out_dir`.
 
     The files are a function of the records alone. A file that already says the same is left as it is, and a file that an
     earlier rendering made and no record explains any more is removed. Returns the report's files, relative to `out_dir`,
@@ -38,11 +38,12 @@ def files(data_dir: Path) -> dict[Path, bytes]:
     """Every file of the report and its bytes, in memory."""
     devices = [(device, [shipping.decide(setting.run) for setting in device.settings]) for device in load(data_dir)]
     content, compiled, micro = site.files(data_dir), cross_compile.files(data_dir), micro_page.files(data_dir)
-    profiles = profile_page.files(data_dir)
+    profiles, searched = profile_page.files(data_dir), search_page.files(data_dir)
     start = index.index_page(
-        devices, gated=bool(content), compiled=bool(compiled), micro=bool(micro), profiled=bool(profiles)
-    )
-    content |= compiled | micro | profiles
+        devices, gated=bool(content), compiled=bool(compiled), micro=bool(micro), profiled=bool(profiles),
+        searched=bool(searched),
+    )  # fmt: skip
+    content |= compiled | micro | profiles | searched
     content[Path("README.md")] = start.encode("utf-8", "replace")
     for device, decisions in devices:
         if device.slug == data_dir.name:

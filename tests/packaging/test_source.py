@@ -92,6 +92,7 @@ COMMANDS = (
     "bench.micro",
     "bench.profile.__main__",
     "bench.run",
+    "bench.search.__main__",
     "loop.train",
 )
 

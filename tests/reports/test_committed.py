@@ -14,6 +14,7 @@ from bench.profile import records as profile_records
 from bench.records import read
 from bench.report import differences
 from bench.report.devices import NO_DEVICES
+from bench.search import trials
 from kernels.cross_compile import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ def test_committed_records_say_where_they_come_from(reports):
             environment = record.environment
             assert environment["device_slug"] == path.parent.name
             assert len(environment["git_sha"]) == 40 and environment["git_dirty"] is False
-            assert record.command.startswith("python -m bench.run")
+            assert record.command.startswith(("python -m bench.run", "python -m bench.search"))
             assert record.recipe["data"].get("path") is None, "a path of somebody's machine"
 
 
@@ -80,6 +81,16 @@ def test_committed_profiles_say_where_they_come_from(reports):
         assert record.result["recipe"]["data"].get("path") is None, "a path of somebody's machine"
         frames = record.result["stacks"].get("frames", [])
         assert not [frame for frame in frames if "(/" in frame], "a path of somebody's machine"
+
+
+def test_committed_searches_say_where_they_come_from(reports):
+    found = [trial for kept in trials.load(reports / "data").values() for trial in kept]
+    if not found:
+        pytest.skip("no search was committed")
+    for trial in found:
+        assert len(trial.environment["git_sha"]) == 40 and trial.environment["git_dirty"] is False
+        assert trial.command.startswith("python -m bench.search")
+        assert trial.recipe["data"].get("path") is None, "a path of somebody's machine"
 
 
 def test_committed_compilations_say_where_they_come_from_and_passed(reports):

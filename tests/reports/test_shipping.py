@@ -37,6 +37,36 @@ def test_the_combination_ships_when_it_is_the_fastest():
     assert shipping.reasons["b"] == "part of all, measured together"
 
 
+def searched(ratio, *names, level=Level.ROUNDING):
+    return combination(ratio, *names, level=level, arm="search")
+
+
+def test_the_answer_of_a_search_goes_before_what_was_measured_earlier():
+    shipping = decide([single("a", 1.4), single("b", 1.1), combination(1.5, "a", "b", "c"), searched(1.3, "a", "b")])
+    assert shipping.enable == ("a", "b") and shipping.basis.arm == "search"
+    words = "but the search timed sets of what passed in turn and found a faster one"
+    assert shipping.reasons["all"] == f"ROUNDING and 1.50x [1.48, 1.52], {words}"
+    assert shipping.reasons["a"] == "part of search, measured together"
+    assert shipping.not_enabled == {"c": "measured only within all, which does not ship"}
+
+
+def test_what_was_measured_after_a_search_competes_with_it():
+    assert decide([searched(1.3, "a", "b"), single("c", 1.4)]).enable == ("c",)
+    assert decide([searched(1.3, "a", "b"), single("c", 1.2)]).enable == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "answer", [searched(None, "a", "b", level=Level.FAILED), searched(1.01, "a", "b"), searched(0.9, "a", "b")]
+)
+def test_a_search_whose_answer_may_not_ship_leaves_the_choice_as_it_was(answer):
+    assert decide([single("a", 1.1), combination(1.5, "a", "b"), answer]).basis.arm == "all"
+
+
+def test_a_search_that_was_not_among_all_goes_before_nobody():
+    partial = combination(1.3, "a", "b", arm="partial_search")
+    assert decide([combination(1.5, "a", "c"), partial]).enable == ("a", "c")
+
+
 def test_the_best_single_one_ships_when_the_combination_is_slower():
     shipping = decide([single("a", 1.1), single("b", 1.3), combination(1.25, "a", "b")])
     assert shipping.enable == ("b",)
