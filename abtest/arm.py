@@ -18,22 +18,25 @@ from loop.errors import UserError
 from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKER = ("abtest.worker",)
 OnStep = Callable[[int, int], None]
 
 
 class ArmFailed(Exception):
-    """The arm's process ended, or could not go on. The message is one line; `output` the last lines it printed."""
+    """The arm's process ended, or could not go on. The message is one line; `output` the last lines it printed, `command`
+    what it had been asked for."""
 
     def __init__(self, message: str, output: str = "") -> None:
         super().__init__(message)
-        self.output = output
+        self.output, self.command = output, ""
 
 
 @dataclass(frozen=True)
 class ArmSpec:
     """What an arm is: its name, what it switches on, its configuration.
 
-    `planted` is a case of the catalogue that is planted on top; `exact` makes the arm the oracle.
+    `planted` is a case of the catalogue that is planted on top; `exact` makes the arm the oracle. `worker`: the module that
+    the arm's process runs, and its arguments.
     """
 
     name: str
@@ -41,19 +44,27 @@ class ArmSpec:
     optimizations: tuple[str, ...] = ()
     planted: str | None = None
     exact: bool = False
+    worker: tuple[str, ...] = WORKER
 
 
 class Arm:
     """A worker process. Use as a context manager; `call` sends a command and returns its answer."""
 
+    running: tuple[str, ...] = WORKER  # what the process runs
+
     def __init__(self, spec: ArmSpec, log_folder: Path, environment: dict[str, str]) -> None:
         self.spec = spec
+        self.folder, self.environment = log_folder, environment
         self.seconds: dict[str, float] = {}  # what every command took, over all calls; arms may share one
-        self.log = log_folder / f"{spec.name}.log"
+        self._start()
+
+    def _start(self) -> None:
+        self.running = self.spec.worker
+        self.log = self.folder / f"{self.spec.name}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "abtest.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                cwd=ROOT, env=environment, text=True, encoding="utf-8",
+                [sys.executable, "-m", *self.running], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                cwd=ROOT, env=self.environment, text=True, encoding="utf-8",
             )  # fmt: skip
 
     def __enter__(self) -> Arm:
@@ -78,7 +89,11 @@ class Arm:
         self.process.stdout.close()
 
     def build(self) -> dict[str, Any]:
-        """The arm's run, built; `built` keeps the answer."""
+        """The arm's run, built; `built` keeps the answer. A process that was started ahead, for whichever arm comes next,
+        makes way where the arm runs another worker."""
+        if self.running != self.spec.worker:
+            self.end(0)
+            self._start()
         config = to_plain(self.spec.config)
         self.built = self.call(
             "build",
@@ -94,6 +109,9 @@ class Arm:
         began = time.monotonic()
         try:
             return self._ask(command, on_step, arguments)
+        except ArmFailed as error:
+            error.command = command
+            raise
         finally:
             key = f"{self.spec.name}: {command}"
             self.seconds[key] = self.seconds.get(key, 0.0) + time.monotonic() - began
@@ -110,13 +128,15 @@ class Arm:
             if "user_error" in message:
                 raise UserError(message["user_error"])
             if "failed" in message:
-                raise ArmFailed(message["failed"])
+                raise ArmFailed(message["failed"], "\n".join(self._printed()[-30:]))
             if on_step is not None:
                 on_step(message["step"], message["steps"])
         raise self._ended()
 
     def _ended(self) -> ArmFailed:
-        code = self.process.wait()
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        code, lines = self.process.wait(), self._printed()
         last = lines[-1] if lines else "no output"
         return ArmFailed(f"the process of arm {self.spec.name} ended with code {code}: {last}", "\n".join(lines[-30:]))
+
+    def _printed(self) -> list[str]:
+        return self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -10,6 +10,8 @@ import importlib.util
 import json
 import os
 import sys
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,9 +32,11 @@ from abtest.probes import Probe, memorised, memorised_probes, probes
 from abtest.states import Held
 from abtest.stopwatch import Stopwatch
 from loop.config import Config
+from loop.data import Dataset
 from loop.errors import UserError
 from loop.model import implementation_paths, trainable
 from loop.recipe import from_plain
+from loop.run import Run
 from loop.training import build, switch_on
 
 # Probes on which the reference's packed path is compared with unpacked documents: several at the two states where a leak
@@ -41,7 +45,10 @@ PACKED_PROBES, TRICKY = 4, 1
 
 
 class Worker(Examiner, Stopwatch):
-    """Holds the run of one arm and carries out commands on it."""
+    """Holds the run of one arm and carries out commands on it. `failures`: errors that end the arm with their own words; any
+    other ends the process with its traceback."""
+
+    failures: tuple[type[Exception], ...] = ()
 
     def __init__(self, answers: TextIO) -> None:
         self.answers = answers
@@ -63,7 +70,7 @@ class Worker(Examiner, Stopwatch):
         self.start: Start | None = None
         self.weights_marks: dict[str, str] = {}
         self.probe_sets: dict[tuple, list[Probe]] = {}
-        self.run, self.dataset = build(self.config)
+        self.run, self.dataset = self._fresh(self.config)
         self.held = Held.of(self.run)
         before, parts = fp.seams(self.run), tripwire.parts(self.run)
         self._switch_on(self.run)
@@ -88,6 +95,9 @@ class Worker(Examiner, Stopwatch):
         self.model_mark = answer["weights"] + answer["frozen"] + settings
         self.exact = make_exact(self.run) if exact else None
         return answer
+
+    def _fresh(self, config: Config) -> tuple[Run, Dataset]:
+        return build(config)
 
     def _switch_on(self, run) -> None:
         switch_on(run, self.optimizations)
@@ -221,13 +231,14 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def main() -> None:
+def main(make: Callable[[TextIO], Worker] = Worker, ahead: Sequence[str] = ("peft", "transformers")) -> None:
+    """Carries out commands until there are no more. ahead: modules to import while nobody waits."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    for module in ("peft", "transformers"):  # while nobody waits: the first command may come later
+    for module in ahead:  # the first command may come later
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module)
-    worker = Worker(answers)
+    worker = make(answers)
     for line in sys.stdin:
         request = json.loads(line)
         command = request.pop("command")
@@ -235,6 +246,10 @@ def main() -> None:
             raise ValueError(f"unknown command {command!r}")
         try:
             worker.event(answer=getattr(worker, command)(**request))
+        except worker.failures as error:
+            traceback.print_exc()
+            worker.event(failed=f"{command}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            return
         except UserError as error:
             worker.event(user_error=str(error))
         except torch.OutOfMemoryError as error:

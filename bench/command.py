@@ -22,14 +22,17 @@ from loop.recipe import load_recipe, to_plain
 ROOT = Path(__file__).resolve().parent.parent
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What differs from command to command of one run, and what is a path of somebody's machine: no part of the recipe.
-NOT_THE_RECIPE = ("arms", "combine", "micro", "run", "minutes", "reports", "output")
+NOT_THE_RECIPE = ("arms", "peers", "combine", "micro", "run", "minutes", "reports", "output")
 
 
 @dataclass(frozen=True)
 class Command(Config):
     """Flags of `python -m bench.run`."""
 
-    arms: tuple[str, ...] = ("all",)  # optimizations and peers by name; "all" of them; "negative" for negative_results/
+    arms: tuple[str, ...] = ("all",)  # by name; "all" optimizations, the "peers", or "negative" for negative_results/
+    peers: bool = (
+        False  # add what a user could pick instead, bench/peers/: gated, timed whatever the gate says, never shipped
+    )
     combine: bool = True  # when these arms are done, one more with everything on that passed in the run and may be timed
     micro: bool = True  # every lossless optimization's op on its own, too
     run: str | None = None  # the run that the records belong to: a name to begin one, or to go on with it; None: a new one

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from abtest.arm import ArmFailed, ArmSpec
+from abtest.arm import Arm, ArmFailed, ArmSpec
 from abtest.command import gate_config
 from abtest.experiment import UNCHECKPOINTED, Candidate, Experiment
+from abtest.mps import behind_others
 from abtest.progress import GateProgress
 from abtest.verdict import Level, Verdict
 from bench.ceilings import Ceilings
@@ -17,8 +18,9 @@ from bench.clock import time_arms, time_equals
 from bench.command import Command
 from bench.micro import run_micro
 from bench.own_stock import changed, note
+from bench.peers import facts as facts_of_peer
 from bench.plan import ArmPlan, arm_units
-from bench.records import Record, append
+from bench.records import Record, append, may_hold_time
 from kernels import registry
 from kernels.contract import Exactness
 from loop.errors import UserError
@@ -41,12 +43,14 @@ class Bench:
 
     def keep(
         self, plan: ArmPlan, verdict: Verdict, losses=(), perf=None, untimed=None, paths=None,
-        beside: Experiment | None = None, **extra: Any,
+        beside: Experiment | None = None, peer: dict[str, Any] | None = None, **extra: Any,
     ) -> None:  # fmt: skip
         """Appends one record to the file, and says how the arm ended. beside: the experiment that gated it, if not the
-        run's."""
+        run's. peer: what the record says of a peer."""
         experiment = beside or self.experiment
         facts = dict(self.facts, environment=dict(self.facts["environment"], paths=paths or {}))
+        if plan.role == "peer":
+            facts["environment"]["peer"] = peer or facts_of_peer(dict(plan.versions), {}, {})
         if plan.own_stock:
             facts["recipe"] = facts["recipe"] | changed(plan.config, self.config)
             extra.setdefault("notes", (note(plan.config, self.config, None),))
@@ -119,7 +123,7 @@ class Bench:
 
     @staticmethod
     def _spec(plan: ArmPlan) -> ArmSpec:
-        return ArmSpec(plan.name, plan.config, plan.optimizations)
+        return ArmSpec(plan.name, plan.config, plan.optimizations, worker=plan.worker)
 
     def arm(self, plan: ArmPlan) -> None:
         """Gates one arm, times it if it passed and may be timed, and keeps its record."""
@@ -151,32 +155,56 @@ class Bench:
             candidate = experiment.gate_arm(self._spec(plan), plan.claim)
         except ArmFailed as error:
             self.progress.say(error.output)
-            self.keep(plan, Verdict(Level.FAILED, str(error)), beside=beside)
+            verdict = Verdict(Level.FAILED, str(error))
+            if plan.role == "peer" and error.command != "build":
+                self._peer_without_gate(plan, verdict)
+            else:
+                self.keep(plan, verdict, beside=beside)
         else:
             with candidate.arm:
                 self._keep_candidate(plan, candidate, beside)
 
     def _keep_candidate(self, plan: ArmPlan, candidate: Candidate, beside: Experiment | None) -> None:
         own, perf, untimed = None, None, None
-        if candidate.verdict.level.lossless:
+        if may_hold_time(plan.role, candidate.verdict.level):
             untimed = plan.untimed
             if untimed is None:
-                stock = (beside or self.experiment).reference_arm
-                time = time_arms if beside is None else time_equals
-                try:
-                    perf = time(stock, candidate.arm, self.command.timing, self.matmul_rate, self.progress)
-                except ArmFailed as error:  # the gate's verdict stands
-                    self.progress.say(error.output)
-                    untimed = f"timing broke off: {error}"
+                perf, untimed = self._time(candidate.arm, beside)
         if beside is not None and perf is not None:
             own, perf = perf
         evidence = candidate.evidence
+        peer = None
+        if plan.role == "peer" and evidence is not None:
+            peer = facts_of_peer(dict(plan.versions), evidence.build["peer"], evidence.work["kernels"])
         self.keep(
             plan, candidate.verdict, evidence.losses if evidence else (), perf, untimed,
-            paths=evidence.build["paths"] if evidence else None,
+            paths=evidence.build["paths"] if evidence else None, peer=peer,
             micro=self._micro(plan) if candidate.verdict.level.lossless else None,
             **({"beside": beside, "notes": (note(plan.config, self.config, own),)} if beside is not None else {}),
         )  # fmt: skip
+
+    def _time(self, arm: Arm, beside: Experiment | None) -> tuple[Any, str | None]:
+        """What the clock gives, or why it gave nothing; the gate's verdict stands either way."""
+        stock, time = (beside or self.experiment).reference_arm, time_arms if beside is None else time_equals
+        try:
+            return time(stock, arm, self.command.timing, self.matmul_rate, self.progress), None
+        except ArmFailed as error:
+            self.progress.say(error.output)
+            return None, f"timing broke off: {error}"
+
+    def _peer_without_gate(self, plan: ArmPlan, verdict: Verdict) -> None:
+        """A peer whose process did not get through the gate may train all the same: it is timed in a second process, and
+        the record keeps what ended the first."""
+        experiment = self.experiment
+        perf, untimed, took = None, None, {}
+        try:
+            with Arm(self._spec(plan), experiment.folder, behind_others(experiment.environment)) as arm:
+                took = arm.build().get("peer", {})
+                perf, untimed = self._time(arm, None)
+        except ArmFailed as error:
+            self.progress.say(error.output)
+            untimed = f"its second process failed, too: {error}"
+        self.keep(plan, verdict, (), perf, untimed, peer=facts_of_peer(dict(plan.versions), took, {}))
 
     def _micro(self, plan: ArmPlan) -> dict[str, Any] | None:
         """The microbenchmark of an optimization that has an op, timed only if the op passes its own check."""
@@ -199,11 +227,12 @@ class Bench:
 
 def goes_beside(plan: ArmPlan, command: Command) -> bool:
     """Whether the arm may be gated while the reference, or another arm, is at work. Not where memory is scarce: in full
-    fine-tuning every arm has fp32 weights and moments of its own, and what recomputes nothing keeps most of all."""
+    fine-tuning every arm has fp32 weights and moments of its own, and what recomputes nothing keeps most of all. A peer
+    takes what memory it takes."""
     keeps_all = UNCHECKPOINTED in plan.optimizations or (
         command.gradient_checkpointing and not plan.config.gradient_checkpointing
     )
-    fits = command.method == "lora" and not keeps_all
+    fits = command.method == "lora" and not keeps_all and plan.role != "peer"
     return command.gate.parallel > 1 and fits and plan.missing is None and not plan.own_stock
 
 

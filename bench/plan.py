@@ -1,16 +1,18 @@
-"""Which arms a run has: every optimization alone, the peers, and at last the combination of what passed."""
+"""Which arms a run has: every optimization alone, peers if asked for, and at last the combination of what passed."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from abtest.arm import WORKER
 from abtest.command import arm_units as gate_units
 from abtest.command import reference_units
 from abtest.settings import GateConfig
-from bench.peers import PEERS
+from bench.peers import PEERS, Peer
 from bench.records import Role
 from kernels import registry
 from kernels.contract import Exactness, Optimization
@@ -21,7 +23,8 @@ from loop.errors import UserError
 @dataclass(frozen=True)
 class ArmPlan:
     """One arm to gate and time. missing: why it cannot run here at all. untimed: why it is gated but not timed. own_stock:
-    it is compared with stock of its own configuration, not with the run's."""
+    it is compared with stock of its own configuration, not with the run's. worker: what its process runs. versions: of a
+    peer's packages, by name."""
 
     name: str
     role: Role
@@ -33,15 +36,17 @@ class ArmPlan:
     missing: str | None = None
     untimed: str | None = None
     own_stock: bool = False
+    worker: tuple[str, ...] = WORKER
+    versions: tuple[tuple[str, str], ...] = ()
 
 
 def plan_arms(names: Iterable[str], config: Config, device: torch.device) -> list[ArmPlan]:
-    """The arms called `names`; "all" stands for every optimization and peer, "negative" for every negative result, which has
-    been measured before. Raises UserError for an unknown name."""
+    """The arms called `names`; "all" stands for every optimization, "peers" for every peer, "negative" for every negative
+    result, which has been measured before. Raises UserError for an unknown name."""
     known = registry.discover()
     peers = {peer.name: peer for peer in PEERS}
     negative = [name for name in known if registry.is_negative(name)]
-    groups = {"all": [*(name for name in known if name not in negative), *peers], "negative": negative}
+    groups = {"all": [name for name in known if name not in negative], "peers": list(peers), "negative": negative}
     chosen = list(dict.fromkeys(name for given in names for name in groups.get(given, [given])))
     unknown = [name for name in chosen if name not in known and name not in peers]
     if unknown:
@@ -68,17 +73,19 @@ def _optimization_arm(optimization: Optimization, config: Config, device: torch.
     )
 
 
-def _peer_arm(peer, config: Config, device: torch.device) -> ArmPlan:
-    missing = peer.missing(device)
+def _peer_arm(peer: Peer, config: Config, device: torch.device) -> ArmPlan:
+    """The gate asks of a peer what it asks of whoever claims ROUNDING; a peer itself claims nothing."""
     return ArmPlan(
         name=peer.name,
         role="peer",
-        optimizations=peer.optimizations,
-        config=peer.change(config),
+        optimizations=(),
+        config=dataclasses.replace(config, gradient_checkpointing=peer.checkpointing),
         claim=Exactness.ROUNDING,
         summary=peer.summary,
-        why_exact="the same model and data through other kernels",
-        missing=missing,
+        why_exact="nobody says that it is: the gate was asked whether it trains the same model",
+        missing=peer.missing(device),
+        worker=peer.worker,
+        versions=tuple(peer.versions().items()),
     )
 
 

@@ -1,6 +1,8 @@
 """The truth behind every report: one JSON line an arm, only ever appended.
 
-A record cannot hold a time unless its gate passed: constructing one that does raises ValueError, and so does reading one.
+A record cannot hold a time unless its gate passed: constructing one that does raises ValueError, and so does reading one. A
+peer's alone may, since nobody ships it: what a user could pick instead is as fast as it is, also where it leaks between
+documents, and what leaks has to be beaten all the same. Its verdict stands beside the time wherever that is shown.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from abtest import jsonl
 from abtest.jsonl import expect, numbers, strings
-from abtest.verdict import Verdict
+from abtest.verdict import Level, Verdict
 from loop.errors import UserError
 
 SCHEMA = 1
@@ -54,7 +56,8 @@ class Record:
 
     optimizations: the names switched on. losses: per-step loss, fp32, of this arm; reference_losses: of the reference.
     untimed: why there is no `perf` although the gate passed (Triton's interpreter is not timed, say).
-    environment: device, device_slug, driver, clocks, versions, git_sha, git_dirty, paths (which implementation ran).
+    environment: device, device_slug, driver, clocks, versions, git_sha, git_dirty, paths (which implementation ran); of a
+    peer also peer: the versions of its packages, the path that it took, and the device kernels that ran.
     recipe: the run's configuration. data: documents, packs, skipped examples by reason, supervised fraction.
     """
 
@@ -81,7 +84,7 @@ class Record:
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:
-        if self.perf is not None and not self.verdict.level.lossless:
+        if self.perf is not None and not may_hold_time(self.role, self.verdict.level):
             raise ValueError(f"arm {self.arm!r} is {self.verdict.level.value}: what did not pass its gate holds no time")
         if self.perf is not None and self.untimed is not None:
             raise ValueError(f"arm {self.arm!r} has both a time and a reason for having none")
@@ -89,6 +92,11 @@ class Record:
             raise ValueError(f"arm {self.arm!r} is {self.verdict.level.value} with a check that did not pass")
         if self.schema != SCHEMA:
             raise ValueError(f"record schema {self.schema} is not {SCHEMA}")
+
+
+def may_hold_time(role: Role, level: Level) -> bool:
+    """Whether an arm that the gate gave this level may be timed: what is lossless, and a peer that ran at all."""
+    return level.lossless or (role == "peer" and level is not Level.NOT_RUN)
 
 
 @contextmanager

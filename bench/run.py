@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     check(command)
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, here and in the arms
-    arms = plan_arms(command.arms, gate_config(command, command.gate), device)
+    names = (*command.arms, "peers") if command.peers else command.arms
+    arms = plan_arms(names, gate_config(command, command.gate), device)
     environment = describe(device)
     path = records_file(command.reports, environment["device_slug"])
     recipe = recipe_of(command, str(dtype).removeprefix("torch."))

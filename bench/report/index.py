@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.report.devices import Device, Setting
-from bench.report.overview import LEGEND, change_of, headline
+from bench.report.overview import change_of, headline, legend
 from bench.report.shipping import Shipping
 from bench.report.text import MARK, NOTHING, code, names, prose, ratio, setting_words, table
 
@@ -41,7 +41,8 @@ def index_page(
     sets = "\n[Searches](search/README.md): how the fastest set was found, and what each of its members is worth in it.\n"
     pages = ((gate, gated), (code_of, compiled), (alone, micro), (where, profiled), (sets, searched))
     others = "".join(words for words, there in pages if there)
-    return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{HOW}\n\n{LEGEND}\n{others}"
+    words = legend(record for device, _ in devices for setting in device.settings for record in setting.current)
+    return f"<!-- {MARK} -->\n# What ships where\n\n{body}\n\n{HOW}\n\n{words}\n{others}"
 
 
 def _row(device: Device, setting: Setting, shipping: Shipping) -> tuple[str, ...]:

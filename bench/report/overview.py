@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 
 from abtest.verdict import Check, Level
 from bench.records import Perf, Record
@@ -29,6 +30,7 @@ from bench.report.text import (
     setting_words,
     shell,
     table,
+    timed_all_the_same,
 )
 from loop.config import DataConfig
 
@@ -39,6 +41,7 @@ LEGEND = """\
 - **APPROX**, **FAILED**, **INVALID**, **NOT_RUN**: not lossless, or not shown to be. Such an arm is never timed.
 - The speed ratio is the reference's time over the arm's, timed in turn; in brackets its 95 % interval.
 - An optimization ships if it is lossless and the whole interval is above 1 and above the reference's ratio to itself."""
+BUT_PEERS = " A peer is all the same: it never ships, and has to be beaten whatever it does."
 COLUMNS = """\
 - Decided by: the gate's check that came closest to its limit, or failed by most; each arm's page has them all.
 - Micro: the op on its own, forward and backward, over PyTorch's, and the largest part of the hardware limit that it reaches.
@@ -59,7 +62,7 @@ def setting_page(device: Device, setting: Setting, shipping: Shipping, plotted: 
         "![Speed of every timed arm over the reference's](overview.png)" if plotted else "Nothing was timed in this run.",
         "## What to switch on",
         _decisions(setting, shipping),
-        f"{COLUMNS}\n{LEGEND}",
+        f"{COLUMNS}\n{legend(setting.current)}",
         "## Reference and peers",
         _others(setting),
         "## Throughput and memory",
@@ -71,11 +74,18 @@ def setting_page(device: Device, setting: Setting, shipping: Shipping, plotted: 
         "```sh\n" + "\n".join(shell(command) for command in setting.commands) + "\n```",
         facts({key: value for key, value in stock.recipe.items() if value is not None}),
         "## Data\n\n" + facts(stock.data) if stock.data else "",
-        "## Environment\n\n" + facts({key: value for key, value in setting.newest.environment.items() if key != "paths"}),
+        "## Environment\n\n"
+        + facts({key: value for key, value in setting.newest.environment.items() if key not in ("paths", "peer")}),
         _earlier(setting),
         "[What else was trained on this device](../README.md)" if several else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def legend(shown: Iterable[Record]) -> str:
+    """What the levels mean, and of peers what their times mean where one of `shown` has a time that it did not pass for."""
+    never = "is never timed."
+    return LEGEND.replace(never, never + BUT_PEERS) if any(map(timed_all_the_same, shown)) else LEGEND
 
 
 def train_command(setting: Setting) -> str:
@@ -209,7 +219,8 @@ def _others(setting: Setting) -> str:
 
 
 def _words(record: Record, setting: Setting) -> str:
-    words = record.summary if record.verdict.level.lossless else f"{record.summary}: {record.verdict.reason}"
+    found = f"{record.verdict.level.value}: " if timed_all_the_same(record) else ""
+    words = record.summary if record.verdict.level.lossless else f"{record.summary}: {found}{record.verdict.reason}"
     which = f"command {setting.commands.index(record.command) + 1}: " if len(setting.commands) > 1 else ""
     return which + prose(words)
 
@@ -220,7 +231,7 @@ def _throughput(setting: Setting) -> str:
     )  # fmt: skip
     rows = [
         (
-            link(record.arm),
+            link(record.arm) + (f" ({record.role}, {record.verdict.level.value})" if timed_all_the_same(record) else ""),
             f"**{per_second(perf.real_tokens_per_s)}**",
             per_second(perf.positions_per_s),
             per_second(perf.supervised_tokens_per_s),

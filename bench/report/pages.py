@@ -9,6 +9,7 @@ from bench.report.text import (
     MARK,
     NOTHING,
     code,
+    facts,
     launches_saved,
     memory,
     names,
@@ -22,8 +23,12 @@ from bench.report.text import (
     setting_words,
     shell,
     table,
+    timed_all_the_same,
 )
 
+PEER_TIME = (
+    "**The gate did not pass, and this is no time to ship by**: it is a peer's, which has to be beaten whatever it does."
+)
 SIGMA = "σ is the standard deviation of the loss at that step over perturbed references: the noise floor."
 
 
@@ -37,6 +42,7 @@ def arm_page(
         _verdict(record, ships),
         _history(record, newest_run, older),
         facts_of(record),
+        _peer(record),
         "## Loss" if plotted else "",
         f"![Loss of {page_name(record.arm)} and of the reference by step]({page_name(record.arm)}.png)" if plotted else "",
         SIGMA if plotted and any(record.noise_sigma) else "",
@@ -80,6 +86,19 @@ def facts_of(record: Record) -> str:
     return table(("", ""), rows)
 
 
+def _peer(record: Record) -> str:
+    """What ran, of somebody else's code: versions, path, device kernels."""
+    peer = record.environment.get("peer")
+    if record.role != "peer" or not isinstance(peer, dict):
+        return ""
+    kernels = peer.get("kernels")
+    parts = ["## What ran", facts({key: value for key, value in peer.items() if key != "kernels" and value})]
+    if isinstance(kernels, dict) and kernels:
+        rows = [(code(str(name)), str(count)) for name, count in kernels.items()]
+        parts.append(f"Device kernels of a micro-step in the gate:\n\n{table(('kernel', 'launches'), rows, numeric=(1,))}")
+    return "\n\n".join(part for part in parts if part)
+
+
 def checks(record: Record) -> str:
     """Every check of the gate: its number beside its limit, whether it passed, and what was worst."""
     if not record.verdict.checks:
@@ -99,6 +118,7 @@ def speed(record: Record, stock: Record | None = None) -> str:
     perf = record.perf
     if perf is None:
         return why_untimed(record)
+    note = PEER_TIME if timed_all_the_same(record) else ""
     compared = "it is the reference" if record.role == "reference" else ratio(perf)
     rows = [
         ("speed ratio to the reference, 95 % interval", f"{compared}, {perf.blocks} blocks"),
@@ -110,7 +130,7 @@ def speed(record: Record, stock: Record | None = None) -> str:
         ("MFU, of the measured matrix rate", percent(perf.mfu)),
         ("kernel launches a micro-step", _launches(record, stock)),
     ]
-    return table(("", ""), rows)
+    return table(("", ""), rows) + (f"\n\n{note}" if note else "")
 
 
 def _launches(record: Record, stock: Record | None) -> str:
@@ -122,7 +142,7 @@ def _launches(record: Record, stock: Record | None) -> str:
 
 
 def why_untimed(record: Record) -> str:
-    if not record.verdict.level.lossless:
+    if not record.verdict.level.lossless and record.untimed is None:
         return "No time: what did not pass its gate is not timed."
     return f"Not timed: {prose(record.untimed or 'the record gives no reason.')}"
 

@@ -62,6 +62,8 @@ def _draw_bars(axes: Axes, timed: Sequence[Record], shipped: Record | None) -> N
     end = max(1.0, *high, *ratios)
     for row, (record, edge) in enumerate(zip(timed, np.maximum(high, ratios), strict=True)):
         note = "  ships" if record is shipped else NOTES.get(record.role, "")
+        if text.timed_all_the_same(record):
+            note = f"  (peer, {record.verdict.level.value})"
         bold = "bold" if record is shipped else "normal"
         beside = max(edge, 1.0) + 0.015 * end  # right of the line at 1, too
         axes.text(beside, row, text.ratio(record.perf) + note, va="center", fontsize=9, weight=bold)

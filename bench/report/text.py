@@ -29,6 +29,7 @@ from bench.records import Perf, Record
 __all__ = [
     "MARK", "NOTHING", "RESERVED", "code", "dtype", "facts", "launches_saved", "link", "memory", "names", "number",
     "one_line", "page_name", "per_second", "percent", "prose", "ratio", "scalar", "setting_words", "shell", "table",
+    "timed_all_the_same",
 ]  # fmt: skip
 
 
@@ -39,6 +40,11 @@ def ratio(perf: Perf) -> str:
     decimals = min(4, max(2, math.ceil(-math.log10(distance))))
     middle, low, high = (f"{value:.{decimals}f}" for value in values)
     return f"{middle}x [{low}, {high}]"
+
+
+def timed_all_the_same(record: Record) -> bool:
+    """Whether the arm has a time that its verdict would forbid anyone but a peer."""
+    return record.perf is not None and not record.verdict.level.lossless
 
 
 def launches_saved(record: Record, stock: Record | None) -> int | None:

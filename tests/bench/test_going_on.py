@@ -378,10 +378,10 @@ def test_the_first_arm_that_may_goes_beside_the_reference(world):
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_an_arm_that_recomputes_less_than_stock_takes_no_company(checkpointing):
     command = Command(gate=GateConfig(parallel=4), gradient_checkpointing=checkpointing)
-    (peer,) = plan_arms(["transformers_peft_fla"], command, torch.device("cuda"))
-    alone = dataclasses.replace(peer, missing=None)
-    assert not alone.config.gradient_checkpointing
+    (plan,) = plan_arms(["static_lora"], command, torch.device("cuda"))
+    alone = dataclasses.replace(plan, missing=None, config=dataclasses.replace(plan.config, gradient_checkpointing=False))
     assert measure.goes_beside(alone, command) is not checkpointing
+    assert not measure.goes_beside(dataclasses.replace(alone, role="peer"), command)
 
 
 def early(world, monkeypatch, collected) -> None:
