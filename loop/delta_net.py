@@ -73,6 +73,12 @@ class Pack:
         lengths = self.cu_seqlens.diff()
         return torch.repeat_interleave(self.cu_seqlens[:-1], lengths, output_size=sum(self.lengths))
 
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """One past the last position of the document of each flat position, like `starts`."""
+        lengths = self.cu_seqlens.diff()
+        return torch.repeat_interleave(self.cu_seqlens[1:], lengths, output_size=sum(self.lengths))
+
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [1, T, ...] -> one [documents, chunks * 64, ...] for every group, zeros behind each document."""
         padded = torch.cat([x.squeeze(0), x.new_zeros(1, *x.shape[2:])])  # backward of x[0] would copy

@@ -8,7 +8,8 @@ the run's layers and loss head ask for and no more. Each may ask for
              last of them, in which every position is masked.
     groups   documents as rows of about the same length. Nothing can be filled up: how many of which length is the signature.
 
-Whoever asks for document lengths on the host gets `CannotCapture`: the answer would be that of the batch captured.
+Where each position's document begins and ends is read off the position ids, and asks for nothing. Whoever asks for document
+lengths on the host gets `CannotCapture`: the answer would be that of the batch captured.
 """
 
 from __future__ import annotations
@@ -199,6 +200,14 @@ class StaticPack(Pack):
             positions = made["inputs"].tokens[2].flatten()
             made["starts"] = (torch.arange(len(positions), device=positions.device) - positions).to(torch.int32)
         return made["starts"]
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """From `starts`, which are in order: so many are no greater than a position's own."""
+        made = self.__dict__
+        if "ends" not in made:
+            made["ends"] = torch.searchsorted(self.starts, self.starts, right=True, out_int32=True)
+        return made["ends"]
 
     @property
     def groups(self) -> tuple[torch.Tensor, ...]:

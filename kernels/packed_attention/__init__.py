@@ -1,4 +1,4 @@
-"""Attention within documents only, instead of over the whole pack under a mask."""
+"""Attention within documents only, instead of over the whole pack under a mask: in Triton on a GPU, else in PyTorch."""
 
 from kernels.contract import Exactness, Optimization, Workload
 
@@ -9,10 +9,10 @@ SMALL = {"B": 1, "H": 4, "KV": 2, "D": 16}
 
 OPTIMIZATION = Optimization(
     name="packed_attention",
-    summary="each document attends to itself through PyTorch's causal attention; no pack-wide mask, no masked-out scores",
+    summary="each document attends to itself: flash attention in Triton over the flat pack; no mask, no masked-out scores",
     exactness=Exactness.ROUNDING,
     why_exact="a masked score contributes exactly zero to the softmax, so leaving it out changes only how rows are blocked "
-    "and in which order products are summed",
+    "and in which order products are summed; dk and dv of query heads that share a key are summed in fp32, and rounded once",
     eligible=patch.eligible,
     apply=patch.apply,
     op=op.attention_op(
@@ -25,5 +25,8 @@ OPTIMIZATION = Optimization(
         (Workload("small, window", {**SMALL, "L": 227, "W": 33}, "float32", small=True), (150, 20, 33, 24)),
         (Workload("small, as many key heads", {**SMALL, "L": 90, "KV": 4}, "float32", small=True), (65, 25)),
     ),
-    source=("variable-length attention as in FlashAttention-2: arXiv 2307.08691",),
+    source=(
+        "variable-length attention as in FlashAttention-2: arXiv 2307.08691",
+        "Online normalizer calculation for softmax: arXiv 1805.02867",
+    ),
 )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from graphed import LENGTH, made, outcome, pack, same
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abtest.probes import one_document, tricky_batch
-from abtest.probes import pack as pack_rows
 from kernels.cuda_graphs import inputs as static
 from kernels.cuda_graphs.inputs import CHUNKS, GROUPS, ROWS, chunk_count, chunk_indices, padded_rows, row_count, signature
 from kernels.cuda_graphs.micro_step import CAPTURES, REPLAYS
+from kernels.packed_attention import kernel as packed_attention
+from kernels.packed_attention import patch as packed_attention_patch
 from kernels.supervised_logits.kernel import supervised_cross_entropy
 from loop.batch import IGNORE
 from loop.delta_net import CHUNK, Pack, PackedDeltaNet
@@ -36,6 +37,36 @@ def test_documents_as_rows_need_a_graph_for_each_set_of_lengths():
         assert same(outcome(run, batch), outcome(plain, batch)), lengths
     assert run.micro_step.asked == {GROUPS}
     assert run.micro_step.counts == {REPLAYS: 5, CAPTURES: 2}  # (2 chunks, 1, 2) and (1, 1, 2); others repeat them
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels on a CPU need Triton's interpreter")
+def test_attention_over_the_flat_pack_needs_one_graph_for_all_packs(monkeypatch):
+    """In half precision on a GPU: here its kernels are interpreted, in fp32, in one layer."""
+    monkeypatch.setattr(packed_attention, "fused", lambda query: True)
+    run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
+    for own in (run, plain):
+        own.model.model.layers = own.model.model.layers[:1]
+        packed_attention_patch.apply(own)
+    for seed, lengths in enumerate(((5, 60), (100,), (1, 2, 3, 4, 5))):
+        batch = pack(run, seed, lengths=lengths)
+        assert same(outcome(run, batch), outcome(plain, batch)), lengths
+    assert run.micro_step.asked == set()
+    assert run.micro_step.counts == {REPLAYS: 3, CAPTURES: 1}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=9), st.lists(st.integers(1, 60), max_size=9), st.integers(1, 3))
+def test_a_graph_s_positions_know_where_their_documents_begin_and_end(lengths, others, rows):
+    """Documents go on until a row is full; what is left of it is one, too."""
+    first, second = (tricky_batch(LENGTH, rows, 99, 3, tuple(own) or (LENGTH,)).to("cpu") for own in (lengths, others))
+    inputs = static.Inputs(first)
+    for batch in (first, second):
+        inputs.fill(batch, 1)
+        pack, own = inputs.pack(), Pack.of(batch)
+        for found, wanted in ((pack.starts, own.starts), (pack.ends, own.ends)):
+            assert torch.equal(found, wanted) and found.dtype == wanted.dtype == torch.int32
+        assert pack.ends is pack.ends and pack.starts is pack.starts  # once a micro-step, not once a layer
+    assert inputs.asked == set()
 
 
 class ChunkedNet(PackedDeltaNet):
@@ -92,16 +123,6 @@ def test_kernels_that_go_by_where_documents_begin_need_one_graph_for_all_packs()
         batch = pack(run, seed, lengths=lengths)
         assert same(outcome(run, batch), outcome(plain, batch)), lengths
     assert run.micro_step.asked == set() and run.micro_step.counts == {REPLAYS: 5, CAPTURES: 1}
-
-
-@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=3))
-def test_a_static_pack_knows_where_documents_begin(rows):
-    """As `Pack` does, which knows the boundaries; from position ids alone. Rows are filled up to one length."""
-    longest = max(map(sum, rows))
-    rows = [[*row, longest - sum(row)] if sum(row) < longest else row for row in rows]
-    batch = pack_rows([[(torch.zeros(n, dtype=torch.int64), torch.full((n,), IGNORE)) for n in row] for row in rows])
-    starts = static.Inputs(batch).pack().starts
-    assert starts.dtype == torch.int32 and torch.equal(starts, Pack.of(batch).starts)
 
 
 def test_a_head_of_supervised_rows_gets_as_many_with_a_graph_as_without():
