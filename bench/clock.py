@@ -16,11 +16,17 @@ from bench.timing import ratio_interval
 
 @dataclass(frozen=True)
 class TimingConfig:
-    """blocks: pairs of samples. micro_batches: micro-steps a sample, over as many batches. warmup: samples thrown away."""
+    """blocks: pairs of samples. micro_batches: micro-steps a sample, over as many batches. warmup: samples thrown away.
+
+    Where the ratio's interval is wider than `width` times the ratio, timing goes on with twice as many blocks, up to
+    `most_blocks`, if those are more: a busy host needs them, a quiet one does not.
+    """
 
     blocks: int = 12
     micro_batches: int = 2
     warmup: int = 1
+    most_blocks: int = 0
+    width: float = 0.03
 
 
 Ratio = tuple[float, float, float]  # and the ends of its 95 % interval
@@ -43,35 +49,34 @@ def time_arms(reference: Arm, candidate: Arm, settings: TimingConfig, matmul_rat
 
     matmul_rate: the measured matrix-product rate of the device, FLOP/s.
     """
-    totals, one, other = _in_turn(reference, candidate, settings, on_progress)
-    return _perf(candidate, totals, other, ratio_interval(one, other), settings, matmul_rate)
+    totals, _, other, ratio = _in_turn(reference, candidate, settings, on_progress)
+    return _perf(candidate, totals, other, ratio, settings, matmul_rate)
 
 
 def time_equals(
     reference: Arm, repeat: Arm, settings: TimingConfig, matmul_rate: float, on_progress: OnProgress
 ) -> tuple[Perf, Perf]:
     """The reference and its second process in turn: Perf of the first, whose ratio is 1 by definition, and of the second."""
-    totals, one, other = _in_turn(reference, repeat, settings, on_progress)
+    totals, one, other, ratio = _in_turn(reference, repeat, settings, on_progress)
     return (
         _perf(reference, totals, one, (1.0, 1.0, 1.0), settings, matmul_rate),
-        _perf(repeat, totals, other, ratio_interval(one, other), settings, matmul_rate),
+        _perf(repeat, totals, other, ratio, settings, matmul_rate),
     )
 
 
 def _in_turn(
     reference: Arm, candidate: Arm, settings: TimingConfig, on_progress: OnProgress
-) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
-    """What a block processes, and the seconds of every block of either side; who goes first alternates."""
-    totals = _prepare(candidate, settings)
-    _prepare(reference, settings)
-    pairs = []
-    for block in range(settings.blocks):
-        order = (reference, candidate) if block % 2 == 0 else (candidate, reference)
-        seconds = {arm.spec.name: arm.call("time_block")["seconds"] for arm in order}
-        pairs.append((seconds[reference.spec.name], seconds[candidate.spec.name]))
-        on_progress(candidate.spec.name, "timing", block + 1, settings.blocks)
-    one, other = np.array(pairs).T
-    return totals, one, other
+) -> tuple[dict[str, int], list[float], list[float], Ratio]:
+    """What a block processes, the seconds of every block of either side, and their ratio. Raises ArmFailed."""
+
+    def narrow(ratios: list[Ratio]) -> bool:
+        return all(high - low <= settings.width * middle for middle, low, high in ratios)
+
+    most = max(settings.most_blocks, settings.blocks)
+    one, (other,) = time_round_robin(reference, [candidate], settings, most, narrow, on_progress)
+    if other.failed is not None:
+        raise ArmFailed(other.failed)
+    return other.totals, one.seconds, other.seconds, other.ratio
 
 
 def time_round_robin(
@@ -112,16 +117,15 @@ def _guarded(lap: Lap, reference: Lap, step: Callable[[Lap], None]) -> None:
 
 def _order(laps: list[Lap], block: int) -> list[Lap]:
     """Everybody is first in turn, and comes behind another neighbour in every second block."""
-    start = block % len(laps)
-    turned = laps[start:] + laps[:start]
-    return turned if block % 2 == 0 else turned[::-1]
+    step = 1 if block % 2 == 0 else -1
+    return [laps[(block + step * place) % len(laps)] for place in range(len(laps))]
 
 
 def _prepare(arm: Arm, settings: TimingConfig) -> dict[str, int]:
     return arm.call("prepare_timing", micro_batches=settings.micro_batches, warmup=settings.warmup)
 
 
-def _perf(arm: Arm, totals, seconds, ratio: tuple[float, float, float], settings: TimingConfig, matmul_rate: float) -> Perf:
+def _perf(arm: Arm, totals, seconds, ratio: Ratio, settings: TimingConfig, matmul_rate: float) -> Perf:
     end = arm.call("finish_timing")
     typical = statistics.median(seconds)
     flops = arm.built["flops"] * totals["positions"]
@@ -133,7 +137,7 @@ def _perf(arm: Arm, totals, seconds, ratio: tuple[float, float, float], settings
         ratio=ratio[0],
         ratio_low=ratio[1],
         ratio_high=ratio[2],
-        blocks=settings.blocks,
+        blocks=len(seconds),
         peak_memory_bytes=end["peak_memory_bytes"],
         mfu=flops / typical / matmul_rate,
         launches=end["launches"],

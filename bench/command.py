@@ -53,6 +53,7 @@ def check(command: Command) -> None:
     check_gate(command)
     for name, value, least in (
         ("timing.blocks", command.timing.blocks, 2), ("timing.micro_batches", command.timing.micro_batches, 1),
+        ("timing.most_blocks", command.timing.most_blocks, 0),
     ):  # fmt: skip
         if value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")

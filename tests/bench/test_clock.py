@@ -1,0 +1,81 @@
+"""Arms that are timed in turn: as many blocks as a narrow interval needs, within bounds."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from abtest.arm import ArmFailed
+from bench.clock import TimingConfig, time_arms, time_equals, time_round_robin
+
+
+class TimedArm:
+    """Answers as an arm's process does: blocks take `seconds`, over and over. log: who was asked, in order."""
+
+    def __init__(self, name: str, seconds, log: list[str] | None = None, fails_at: int | None = None) -> None:
+        self.spec, self.built = SimpleNamespace(name=name), {"flops": 2.0}
+        self.seconds, self.log, self.fails_at, self.blocks = itertools.cycle(seconds), log, fails_at, 0
+
+    def call(self, command: str, **arguments):
+        if command == "prepare_timing":
+            return {"positions": 512, "real_tokens": 500, "supervised_tokens": 200}
+        if command == "finish_timing":
+            return {"peak_memory_bytes": 1 << 20, "launches": 7}
+        self.blocks += 1
+        if self.blocks == self.fails_at:
+            raise ArmFailed("it ended")
+        if self.log is not None:
+            self.log.append(self.spec.name)
+        return {"seconds": next(self.seconds)}
+
+
+def silent(*progress) -> None:
+    """Progress that nobody watches."""
+
+
+def noisy(scale: float):
+    return np.random.default_rng(3).uniform(1, 1 + scale, 97)
+
+
+def test_a_quiet_host_needs_no_more_blocks_than_are_asked_for():
+    log: list[str] = []
+    perf = time_arms(TimedArm("stock", [2.0], log), TimedArm("arm", [1.0], log), TimingConfig(4, 2, 1, 40), 1e3, silent)
+    assert perf.blocks == 4 and log == ["stock", "arm", "arm", "stock"] * 2  # by turns, and who begins by turns
+    assert (perf.ratio, perf.ratio_low, perf.ratio_high) == (2.0, 2.0, 2.0)
+    assert perf.real_tokens_per_s == 500 and perf.micro_step_ms == 500 and perf.mfu == pytest.approx(512 * 2 / 1e3)
+
+
+def test_of_several_everybody_is_first_and_has_other_neighbours():
+    log: list[str] = []
+    arms = [TimedArm(name, [1.0], log) for name in "abcd"]
+    time_round_robin(arms[0], arms[1:], TimingConfig(4, 1), 4, lambda ratios: True, silent)
+    assert ["".join(log[i : i + 4]) for i in range(0, 16, 4)] == ["abcd", "badc", "cdab", "dcba"]
+
+
+@pytest.mark.parametrize(("most", "width", "blocks"), [(0, 0.03, 4), (10, 0.03, 10), (1000, 1.0, 4)])
+def test_a_busy_host_gets_more_up_to_a_limit(most, width, blocks):
+    arms = TimedArm("stock", noisy(2.0)), TimedArm("arm", noisy(1.0)[::-1])
+    assert time_arms(*arms, TimingConfig(4, 1, 1, most, width), 1e3, silent).blocks == blocks
+
+
+def test_more_blocks_make_the_interval_narrow():
+    arms = TimedArm("stock", noisy(0.3)), TimedArm("arm", noisy(0.2)[::-1])
+    few = time_arms(*arms, TimingConfig(4, 1), 1e3, silent)
+    many = time_arms(*arms, TimingConfig(4, 1, 1, 4096, 0.03), 1e3, silent)
+    assert few.ratio_high - few.ratio_low > 0.03 * few.ratio
+    assert many.ratio_high - many.ratio_low <= 0.03 * many.ratio and 4 < many.blocks < 4096
+
+
+def test_equal_arms_share_their_blocks():
+    first, again = time_equals(
+        TimedArm("stock", noisy(2.0)), TimedArm("again", noisy(1.0)), TimingConfig(4, 1, 1, 9), 1e3, silent
+    )
+    assert first.blocks == again.blocks == 9 and first.ratio == first.ratio_low == first.ratio_high == 1
+
+
+def test_an_arm_that_ends_is_said_so():
+    with pytest.raises(ArmFailed, match="it ended"):
+        time_arms(TimedArm("stock", [1.0]), TimedArm("arm", [1.0], fails_at=3), TimingConfig(4, 1), 1e3, silent)
