@@ -1,4 +1,4 @@
-"""Shared by all tests: the interpreter switch, and the line that closes a run of lossless gates.
+"""Shared by all tests: the interpreter switch, the default data, and the line that closes a run of lossless gates.
 
 A gate is a lossless test of one optimization: of its op on one workload with one seed, in all autotune configurations or
 beyond 2^31 elements, or of a whole arm. The line says how many were executed and how many were not. It is made here, since
@@ -7,11 +7,14 @@ with pytest-xdist the process that writes it collects no tests and reads no conf
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -27,9 +30,57 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background
 
 if TYPE_CHECKING:
     from kernels.contract import Needs
+    from loop.config import DataConfig
+    from loop.data import Dataset
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GATE = "lossless gate"  # the property of a report that is one
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_data_read_once() -> Iterator[None]:
+    """The default tokenizer and data are loaded once in a process, not for each of the thousand runs that tests build: that
+    takes three times as long as all else in building one. Nothing can be written to them; tests/data loads anew."""
+    from loop import training  # late: the switch above has to come first
+
+    load_tokenizer, load_dataset = training.load_tokenizer, training.load_dataset
+
+    @functools.cache
+    def default_tokenizer(cache_dir: Path) -> Any:
+        from loop.config import DataConfig
+
+        return load_tokenizer(None, DataConfig(cache_dir=cache_dir))
+
+    @functools.cache
+    def default_dataset(config: DataConfig, seed: int) -> Dataset:
+        dataset = load_dataset(config, default_tokenizer(config.cache_dir), seed)
+        for document in dataset.documents:
+            document.ids.setflags(write=False)
+            document.targets.setflags(write=False)
+        return dataset
+
+    def tokenizer_of(model: str | None, config: DataConfig) -> Any:
+        return default_tokenizer(config.cache_dir) if model is None else load_tokenizer(model, config)
+
+    def dataset_of(config: DataConfig, tokenizer: Any, seed: int) -> Dataset:
+        default = config.path is None and tokenizer is default_tokenizer(config.cache_dir)
+        return default_dataset(config, seed) if default else load_dataset(config, tokenizer, seed)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "load_tokenizer", tokenizer_of)
+        patched.setattr(training, "load_dataset", dataset_of)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_seeds_for_what_is_not_here() -> Iterator[None]:
+    """torch.manual_seed keeps the seed for every kind of device that may still come, with the stack of each of its callers:
+    under pytest a millisecond a call, and ever more memory. A device that is not here does not come."""
+    with pytest.MonkeyPatch.context() as patched:
+        for devices in (torch.cuda, torch.xpu, torch.mtia):
+            if not devices.is_available():
+                patched.setattr(devices, "manual_seed_all", lambda seed: None, raising=False)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -129,6 +180,12 @@ class ClosingLine:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # xdist's workers leave it to the process that started them
         config.pluginmanager.register(ClosingLine(config), "closing line")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported and collected by now stays to the end: the garbage collector need not go through it ever again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

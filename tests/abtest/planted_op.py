@@ -6,14 +6,13 @@ a real forward of a small model, and random incoming gradients; `abtest.opcheck`
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny import CONFIG, LENGTH, tiny
+from tiny import CONFIG, LENGTH, duplicate, tiny
 from torch import Tensor, nn
 
 from abtest.catalogue import Case
@@ -104,7 +103,7 @@ def module(method: str, dtype: str, case: Case | None, name: str) -> Op:
         return out[0] if isinstance(out, tuple) else out  # attention also returns weights that nobody asked for
 
     def inputs(workload: Workload, device: torch.device, seed: int) -> tuple[Any, ...]:
-        return copy.deepcopy(model_of(method, dtype)), *(tensor.clone().requires_grad_() for tensor in given)
+        return duplicate(model_of(method, dtype)), *(tensor.clone().requires_grad_() for tensor in given)
 
     return planted_op(case, first, inputs)
 
@@ -123,7 +122,7 @@ def head(method: str, dtype: str, case: Case | None, name: str) -> Op:
         return tuple(run.loss_head(run.model, own, batch) for own in hidden)
 
     def inputs(workload: Workload, device: torch.device, seed: int) -> tuple[Any, ...]:
-        return copy.deepcopy(model_of(method, dtype)), *(tensor.clone().requires_grad_() for tensor in given)
+        return duplicate(model_of(method, dtype)), *(tensor.clone().requires_grad_() for tensor in given)
 
     return planted_op(case, call, inputs)
 
@@ -135,7 +134,7 @@ def accumulation(method: str, dtype: str, case: Case | None, name: str) -> Op:
 
     def side(case: Case | None) -> Callable[[Tensor], tuple[Tensor, ...]]:
         def accumulated(given: Tensor) -> tuple[Tensor, ...]:
-            run = run_around(copy.deepcopy(model_of(method, dtype)).to(given.dtype), given.dtype)
+            run = run_around(duplicate(model_of(method, dtype)).to(given.dtype), given.dtype)
             parameters, rows = trainable(run.model), iter(given)
             if given.dtype != torch.float64:
                 run.optimizer = MasterAdamW(parameters, CONFIG.optim, CONFIG.steps)
@@ -174,7 +173,7 @@ def run_around(model: nn.Module, dtype: torch.dtype) -> Run:
 
 def sharing(model: nn.Module) -> nn.Module:
     """Modules of its own, to plant in, around the same parameters and buffers."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    return duplicate(model, (*model.parameters(), *model.buffers()))
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
@@ -10,6 +9,7 @@ import re
 
 import pytest
 import torch
+from tiny import duplicate
 
 from abtest.catalogue import Case, cases, cross_entropy, delta_rule, normalisation, packing
 from abtest.catalogue.patching import with_fields
@@ -49,7 +49,7 @@ def built(method: str, model: str = "qwen3.5-tiny") -> Run:
 
 
 def fresh(method: str) -> Run:
-    run, model = built(method), copy.deepcopy(built(method).model)
+    run, model = built(method), duplicate(built(method).model)
     return dataclasses.replace(run, model=model, optimizer=MasterAdamW(trainable(model), CONFIG.optim, CONFIG.steps))
 
 

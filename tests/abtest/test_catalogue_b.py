@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
@@ -10,6 +9,7 @@ import re
 
 import pytest
 import torch
+from tiny import duplicate
 
 from abtest.catalogue import Case, cases, cheats, lora, norm_rope, precision, stateful
 from abtest.catalogue.patching import with_fields
@@ -59,7 +59,7 @@ def built(method: str):
 def observe(method: str, case: Case | None) -> dict:
     """Two training steps from adapters that add something; everything that a plant may have touched."""
     run, dataset = built(method)
-    model = copy.deepcopy(run.model)
+    model = duplicate(run.model)
     run = dataclasses.replace(run, model=model, optimizer=MasterAdamW(trainable(model), CONFIG.optim, CONFIG.steps))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

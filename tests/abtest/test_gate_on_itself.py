@@ -28,7 +28,7 @@ from loop.config import DataConfig
 from loop.optim import learning_rate
 from loop.run import Run
 
-CONFIG = dataclasses.replace(TINY, steps=6, data=DataConfig(pack_length=96))
+CONFIG = dataclasses.replace(TINY, model="qwen3-tiny", steps=6, data=DataConfig(pack_length=96))  # any model would do
 SETTINGS = GateConfig(steps=6, replicas=4, probes=4, repeats=3)
 SCALED = "lora_scale_off:first:0.01"
 
