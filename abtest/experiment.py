@@ -276,14 +276,14 @@ class Experiment:
 
     def _reference_evidence(self, build: dict) -> Evidence:
         """The free run and the overfit state, for which all others wait, and then what every arm reports."""
-        try:
-            run = self._train()
-            self.trained.set()
-            self.memorised = self.reference_arm.call("overfit", path=self.weights[self.states[-1]])
-        finally:  # whoever waits finds a file missing, and ends
-            self.trained.set()
-            self.memorised_by_heart.set()
         with _settled([self.work_known]):
+            try:
+                run = self._train()
+                self.trained.set()
+                self.memorised = self.reference_arm.call("overfit", path=self.weights[self.states[-1]])
+            finally:  # whoever waits finds a file missing, and ends
+                self.trained.set()
+                self.memorised_by_heart.set()
             evidence = self._evidence(self.reference_arm, build, run, candidate=False)
             self.work_known.set_result(evidence.work)
         if self.traced:

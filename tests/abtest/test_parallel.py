@@ -50,13 +50,14 @@ def experiment(tmp_path, settings):
         yield made
 
 
-BUILT: dict = {"weights": "a", "frozen": "b", "state_bytes": 0}
+BUILT: dict = {"weights": "a", "frozen": "b", "state_bytes": 0, "refused": {}}
 
 
 @pytest.fixture
 def unmanned(tmp_path, settings, monkeypatch):
     """The same without processes: arms that answer nothing, but for what they begin with."""
     arms = MagicMock(return_value=MagicMock(build=MagicMock(side_effect=lambda: dict(BUILT))))
+    arms.return_value.__enter__.return_value = arms.return_value
     monkeypatch.setattr(experiment_module, "Arm", arms)
     monkeypatch.setitem(BUILT, "state_bytes", 0)
     return Experiment(CONFIG, dataclasses.replace(settings, parallel=4), tmp_path, {}, silent)
@@ -96,17 +97,27 @@ def test_an_arm_that_ends_early_is_told_of_when_it_is_gated(experiment, monkeypa
     assert not experiment.early and process.poll() is not None
 
 
-def test_a_reference_that_cannot_learn_by_heart_keeps_nobody_waiting(experiment, monkeypatch):
-    ask = experiment.reference_arm.call
+def test_a_reference_that_cannot_learn_by_heart_keeps_nobody_waiting(unmanned, monkeypatch):
+    """Neither the oracle, which waits for the overfit state's weights, nor the arm that is gated first, which waits for the
+    oracle to end and then for what the reference did."""
+    waiting = threading.Semaphore(0)
+
+    def by_heart(*arguments, **named):
+        waiting.release()
+        return threading.Event.wait(unmanned.memorised_by_heart)
 
     def fails(command, *arguments, **named):
         if command == "overfit":
+            assert waiting.acquire(timeout=60)
             raise ArmFailed("out of memory")
-        return ask(command, *arguments, **named)
+        return MagicMock()
 
-    monkeypatch.setattr(experiment.reference_arm, "call", fails)
+    monkeypatch.setattr(unmanned.memorised_by_heart, "wait", by_heart)
+    monkeypatch.setattr(unmanned.reference_arm, "call", fails)
+    monkeypatch.setattr(unmanned, "_reference_gradients", lambda state: {})
     with pytest.raises(ArmFailed, match="out of memory"):
-        experiment.prepare(FIRST)
+        unmanned.prepare(FIRST)
+    assert unmanned.exact_through.is_set() and list(unmanned.early) == [FIRST]
 
 
 def test_what_failed_first_is_raised(unmanned):
@@ -227,16 +238,15 @@ def test_a_second_process_for_replicas_is_not_worth_its_start_at_the_end(unmanne
     unmanned._kicked.assert_not_called()
 
 
-@pytest.mark.parametrize("part", ["_repeat", "_reference_evidence"])
-def test_an_arm_beside_a_reference_that_ends_is_told_so(part, unmanned, monkeypatch):
+@pytest.mark.parametrize(
+    ("part", "failing"), [("_repeat", "_free_run"), ("_reference_evidence", "_train"), ("_reference_evidence", "_evidence")]
+)
+def test_an_arm_beside_a_reference_that_ends_is_told_so(part, failing, unmanned, monkeypatch):
     def ends(*arguments, **named):
         raise ArmFailed("out of memory")
 
-    for name in ("_free_run", "_train", "_evidence"):
-        monkeypatch.setattr(unmanned, name, ends)
+    monkeypatch.setattr(unmanned, failing, ends)
     unmanned.repeat_arm = MagicMock()
-    if part == "_reference_evidence":
-        monkeypatch.setattr(unmanned, "_train", lambda: {"loss": [1.0]})
     with pytest.raises(ArmFailed, match="out of memory"):
         getattr(unmanned, part)({}, *([True] if part == "_repeat" else []))
     awaited = unmanned.gradients_known.values() if part == "_repeat" else [unmanned.work_known]
