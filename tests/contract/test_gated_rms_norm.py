@@ -57,7 +57,7 @@ def assert_near_truth(inputs: list[Tensor], incoming: Tensor, prepare=lambda *va
         torch.testing.assert_close(mine, exact.to(mine.dtype), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("T", "D"), [(61, 33), (129, 40), (37, 1100), (700, 128)], ids=str)
+@pytest.mark.parametrize(("T", "D"), [(61, 33), (129, 40), (37, 2500), (700, 128)], ids=str)
 def test_shapes_that_no_block_divides(T, D):
     workload = case(T, D)
     report = check_op(gated_norm_op(workload), workload, DEVICE)

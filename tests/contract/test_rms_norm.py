@@ -54,7 +54,7 @@ def add_textbook(zero_centred: bool):
 
 @pytest.mark.parametrize("add", [False, True], ids=["alone", "behind an addition"])
 @FORMS
-@pytest.mark.parametrize(("T", "D"), [(61, 33), (129, 40), (37, 1100)], ids=str)
+@pytest.mark.parametrize(("T", "D"), [(61, 33), (129, 40), (37, 2500)], ids=str)
 def test_shapes_that_no_block_divides(T, D, zero_centred, add):
     shape = {"T": T, "D": D, "zero_centred": int(zero_centred), "add": int(add), "trained": 1}
     workload = Workload("case", shape, "float32", small=True)

@@ -31,7 +31,7 @@ CONFIG = gate_config(
         dtype="bfloat16" if DEVICE.type == "cuda" else "float32",
         gradient_checkpointing=True,
         lora=LoraConfig(rank=8, alpha=16.0),
-        data=DataConfig(pack_length=144),
+        data=DataConfig(pack_length=192),
     ),
     SETTINGS,
 )
