@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from abtest import jsonl
 from abtest.jsonl import expect, keys, number
 from abtest.verdict import Level
+from bench import by_device
 from bench.records import writing_to
 
 if TYPE_CHECKING:
@@ -126,28 +127,19 @@ def from_json(line: str) -> MicroRecord:
     )
     for name, kind in (("finished_at", str), ("command", str), ("environment", dict), ("result", dict)):
         expect(fields[name], kind, name)
+    expect(fields["environment"].get("versions", {}), dict, "versions")
     return MicroRecord(**fields)
 
 
 def read(path: Path) -> list[MicroRecord]:
     """Every record of a file, in order. Raises UserError naming file and line for one that is not valid, or of a device
     that is not the file's."""
-
-    def parse(line: str) -> MicroRecord:
-        record = from_json(line)
-        expect(record.environment.get("versions", {}), dict, "versions")
-        slug = expect(record.environment["device_slug"], str, "device_slug")
-        if slug != path.stem:
-            raise ValueError(f"it is of device {slug!r:.60}, which belongs in {slug:.60}.jsonl")
-        return record
-
-    return jsonl.read(path, parse)
+    return by_device.read(path, from_json)
 
 
 def load(data_dir: Path) -> dict[str, list[MicroRecord]]:
     """By device slug, every record in `data_dir`/micro/<device_slug>.jsonl, in order; devices without any are left out."""
-    found = {path.stem: read(path) for path in sorted((data_dir / FOLDER).glob("*.jsonl"))}
-    return {slug: records for slug, records in found.items() if records}
+    return by_device.load(data_dir / FOLDER, read)
 
 
 @dataclass(frozen=True)

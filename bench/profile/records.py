@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from abtest import jsonl
 from abtest.jsonl import expect, keys, strings
-from bench import micro_records
+from bench import by_device, micro_records
 from bench.profile import groups, memory
 from bench.records import writing_to
 
@@ -141,21 +141,12 @@ def from_json(line: str) -> ProfileRecord:
 def read(path: Path) -> list[ProfileRecord]:
     """Every record of a file, in order. Raises UserError naming file and line for one that is not valid, or of a device
     that is not the file's."""
-
-    def parse(line: str) -> ProfileRecord:
-        record = from_json(line)
-        slug = expect(record.environment["device_slug"], str, "device_slug")
-        if slug != path.stem:
-            raise ValueError(f"it is of device {slug!r:.60}, which belongs in {slug:.60}.jsonl")
-        return record
-
-    return jsonl.read(path, parse)
+    return by_device.read(path, from_json)
 
 
 def load(data_dir: Path) -> dict[str, list[ProfileRecord]]:
     """By device slug, every record in `data_dir`/profile/<device_slug>.jsonl, in order; devices without any are left out."""
-    found = {path.stem: read(path) for path in sorted((data_dir / FOLDER).glob("*.jsonl"))}
-    return {slug: records for slug, records in found.items() if records}
+    return by_device.load(data_dir / FOLDER, read)
 
 
 class Recorder(micro_records.Recorder):

@@ -16,6 +16,7 @@ from typing import Any
 
 from abtest import jsonl
 from abtest.jsonl import expect, keys, one_of, strings, whole
+from bench import by_device
 from bench.ledger import STATE_OF_THE_CODE
 from loop.errors import UserError
 
@@ -145,21 +146,12 @@ def path_of(reports: Path, device_slug: str) -> Path:
 def read(path: Path) -> list[Trial]:
     """Every trial of a file, in order. Raises UserError naming file and line for one that is not valid, or of a device that
     is not the file's."""
-
-    def parse(line: str) -> Trial:
-        trial = from_json(line)
-        slug = expect(trial.environment["device_slug"], str, "device_slug")
-        if slug != path.stem:
-            raise ValueError(f"it is of device {slug!r:.60}, which belongs in {slug:.60}.jsonl")
-        return trial
-
-    return jsonl.read(path, parse)
+    return by_device.read(path, from_json)
 
 
 def load(data_dir: Path) -> dict[str, list[Trial]]:
     """By device slug, every trial in `data_dir`/search/<device_slug>.jsonl, in order; devices without any are left out."""
-    found = {path.stem: read(path) for path in sorted((data_dir / FOLDER).glob("*.jsonl"))}
-    return {slug: trials for slug, trials in found.items() if trials}
+    return by_device.load(data_dir / FOLDER, read)
 
 
 class TrialLedger:
