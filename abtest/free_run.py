@@ -68,7 +68,7 @@ def free_run(
 
 
 def _marks(run: Run) -> dict[str, str]:
-    return {name: fp.fingerprint({"": master}) for name, master in run.optimizer.masters.items()}
+    return fp.fingerprints(run.optimizer.masters)
 
 
 def _moved(run: Run, start: dict[str, str]) -> set[str]:

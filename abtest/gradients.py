@@ -29,22 +29,36 @@ class Distances:
     def add(self, gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor]) -> None:
         """Adds one batch. A missing, extra, misshapen, non-finite or aliased gradient is a problem, never skipped."""
         self.problems += _mismatch(gradients, truth)
-        count = len(next(iter(self.error.values()), ()))
-        for name, exact in truth.items():
-            gradient = gradients.get(name)
-            if gradient is None or gradient.shape != exact.shape:
-                continue
-            exact = exact.to(gradient.device).double()
-            difference = gradient.double() - exact
-            if not bool(torch.isfinite(difference).all()):
-                self.problems.append(f"{name}: gradient is not finite in probe batch {count}")
-            self.elements += exact.numel()
-            squares = difference.square()
-            rows = squares.flatten(1).sum(1) if squares.ndim >= 2 else squares.sum().reshape(1)
-            self.rows[name] = self.rows.get(name, 0) + rows.cpu()
-            values = torch.stack([squares.sum(), exact.square().sum(), (gradient.double() * exact).sum()]).tolist()
+        batch = len(next(iter(self.error.values()), ()))
+        compared = {name: g for name in truth if (g := gradients.get(name)) is not None and g.shape == truth[name].shape}
+        # All tensors' sums before the first is looked at: waiting for each takes longer than adding them up.
+        for name, (values, rows) in _all_sums(compared, truth).items():
+            if not math.isfinite(values[0]):
+                self.problems.append(f"{name}: gradient is not finite in probe batch {batch}")
+            self.elements += truth[name].numel()
+            self.rows[name] = self.rows.get(name, 0) + rows
             for store, value in zip((self.error, self.norm, self.dot), values, strict=True):
                 store.setdefault(name, []).append(value)
+
+
+def _all_sums(
+    gradients: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[list[float], torch.Tensor]]:
+    """By name the three sums and the row sums of `_sums`, these on the CPU; the device is waited for twice."""
+    if not gradients:
+        return {}
+    device = next(iter(gradients.values())).device
+    sums, rows = zip(*(_sums(g.to(device), truth[name].to(device)) for name, g in gradients.items()), strict=True)
+    own_rows = torch.cat(rows).cpu().split([len(part) for part in rows])
+    return dict(zip(gradients, zip(torch.stack(sums).tolist(), own_rows, strict=True), strict=True))
+
+
+def _sums(gradient: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """|g - g*|^2, |g*|^2 and <g, g*>, and the first of these for every row; fp64 [3] and [rows]."""
+    gradient, exact = gradient.double(), exact.double()
+    squares = (gradient - exact).square_()
+    rows = squares.flatten(1).sum(1) if squares.ndim >= 2 else squares.sum().reshape(1)
+    return torch.stack([rows.sum(), exact.square().sum(), (gradient * exact).sum()]), rows
 
 
 def _mismatch(gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor]) -> list[str]:

@@ -21,6 +21,9 @@ TRICKY_LENGTHS = (1, 2, 3, 64, 65, 63, 1, 128, 32, 7)
 # several times as much, chunk after chunk, and a document as long as the pack is a probe of its own.
 REST = 961
 CROWD = (3, 2, 4, 1) * 12  # more documents than a kernel's table of boundaries might hold
+# Positions of a probe whose point is its shape. Real packs and the document as long as a pack stay as long as they are; as
+# many tokens in all others would cost every arm and the oracle as much again, and show nothing more.
+SHAPED = 2048
 MEMORISED, MEMORISED_LENGTH = 16, 24  # documents of the overfit state, and their tokens
 
 Probe = tuple[PackedBatch, ...]
@@ -29,32 +32,32 @@ Document = tuple[torch.Tensor, torch.Tensor]  # ids and labels, both [length]
 
 def probes(dataset: Dataset, count: int, packs: int, vocabulary: int, seed: int = 0) -> list[Probe]:
     """`count` probes on the CPU, in turn: real packs; tricky ones, the second of them a crowd; two rows off the 64-token
-    grid; uneven accumulation; one row with L % 128 == 64; one document as long as the pack. `seed` picks other packs and
-    other random tokens.
+    grid; uneven accumulation; one row with L % 128 == 64; one document as long as the pack. Those for their shape have up to
+    `SHAPED` positions a pack. `seed` picks other packs and other random tokens.
 
     What teaches nothing gives nothing to compare: one long document stands in for it, as in packs of a few tokens.
     """
-    L = dataset.pack_length
+    L, S = dataset.pack_length, min(dataset.pack_length, SHAPED)
 
     def real(index: int) -> PackedBatch:
         return dataset.micro_batches(FAR + 1000 * seed + index, 1, packs)[0]
 
     def tricky(index: int) -> Probe:
-        return (tricky_batch(L, packs, vocabulary, 100 * seed + index),)
+        return (tricky_batch(S, packs, vocabulary, 100 * seed + index),)
 
     def crowded(index: int) -> Probe:
-        return (tricky_batch(L, packs, vocabulary, 100 * seed + index, CROWD),)
+        return (tricky_batch(S, packs, vocabulary, 100 * seed + index, CROWD),)
 
     def two_rows(index: int) -> Probe:
-        length = off_grid(max(2, L * packs // 2))
+        length = off_grid(max(2, S * packs // 2))
         return (repack(documents(real(index)), 2, length),)
 
     def uneven(index: int) -> Probe:
         own = documents(real(index))
-        return repack(own, 1, max(2, L // 2)), _sparse(repack(own[::-1], 1, max(2, L // 2)))
+        return repack(own, 1, max(2, S // 2)), _sparse(repack(own[::-1], 1, max(2, S // 2)))
 
     def off(index: int) -> Probe:
-        return (repack(documents(real(index)), 1, off_grid(L)),)
+        return (repack(documents(real(index)), 1, off_grid(S)),)
 
     def long(index: int) -> Probe:
         return (one_document(L, vocabulary, 100 * seed + index),)

@@ -37,7 +37,8 @@ class Finding:
 def examine(run: Run, own: Sequence[Probe], repeats: int, on_step: Callable[[int, int], None]) -> list[Finding]:
     """Every structural check. own: at least two probes of different content, the first with several documents, the last
     with several rows."""
-    packed = next((batch for probe in own for batch in probe if len(batch.lengths) > 2), own[0][0])
+    several = [batch for probe in own for batch in probe if len(batch.lengths) > 2]
+    packed = min(several, key=lambda batch: batch.positions, default=own[0][0])  # it is run twenty times
     parts = (
         lambda: inputs_unmodified(run, own[0]),
         lambda: follows_inputs(run, own[0], own[1]),
@@ -93,7 +94,7 @@ def _held(run: Run, batch: PackedBatch) -> dict[str, str]:
         "the model": dict(run.model.named_parameters()) | dict(run.model.named_buffers()),
         "the optimizer": run.optimizer.state(),
     }
-    return {f"{side}: {name}": fp.fingerprint({"": tensor}) for side, own in sides.items() for name, tensor in own.items()}
+    return fp.fingerprints({f"{side}: {name}": tensor for side, own in sides.items() for name, tensor in own.items()})
 
 
 def follows_inputs(run: Run, one: Probe, other: Probe) -> list[Finding]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from abtest import fingerprint as fp
-from abtest.fingerprint import batch_fingerprint, fingerprint, rng_fingerprint, seams
+from abtest.fingerprint import batch_fingerprint, fingerprint, fingerprints, rng_fingerprint, seams
 from loop.batch import PackedBatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8)
@@ -90,6 +90,24 @@ def test_names_shapes_dtypes_and_absence_count():
         fingerprint({"a": zeros, "b": zeros}), fingerprint({"a": torch.zeros(())}),
     ]  # fmt: skip
     assert len(set(prints)) == len(prints)
+
+
+@given(st.lists(tensors(), min_size=1, max_size=4), st.data())
+def test_each_tensor_alone_has_a_fingerprint_of_its_own_bits(given_tensors, data):
+    named = {f"t{index}": tensor for index, tensor in enumerate(given_tensors)}
+    marks = fingerprints(named)
+    assert marks == {name: fingerprints({"": tensor})[""] for name, tensor in named.items()}
+    name = data.draw(st.sampled_from(sorted(named)))
+    changed = named[name].clone()
+    changed.view(torch.uint8)[data.draw(st.integers(0, changed.nbytes - 1))] ^= 1
+    assert {key for key, mark in fingerprints(named | {name: changed}).items() if mark != marks[key]} == {name}
+
+
+def test_shapes_and_dtypes_count_for_each_tensor_alone():
+    zeros = torch.zeros(4)
+    given = {"a": zeros, "b": zeros.view(2, 2), "c": zeros[:3], "d": zeros.int(), "e": torch.zeros(0), "f": zeros.bfloat16()}
+    assert len(set(fingerprints(given).values())) == len(given) and fingerprints({}) == {}
+    assert fingerprints({"a": zeros, "b": zeros.clone()}) == dict.fromkeys("ab", fingerprints({"c": zeros})["c"])
 
 
 def test_zeros_of_both_signs_and_every_nan_differ():

@@ -162,12 +162,14 @@ def test_replicas_are_kicked_at_the_start_and_after_every_resync(reference, monk
     replica = free_run(run, dataset, STEPS, silent, resync=files, kick_seed=3)
     assert kicks == [(3, False, False, True), *((3 + 1000 * step, True, True, True) for step in RESYNC)]
     assert not torch.equal(run.model.get_input_embeddings().weight, frozen)
-    distances = [abs(a / b - 1) for a, b in zip(replica["loss"], answer["loss"], strict=True)]
-    assert any(distances) and max(distances) < 1e-5
     assert replica["gradients"] == replica["state"] == replica["rng"] == replica["batch"] == []
     monkeypatch.undo()
     assert free_run(*started(), STEPS, silent, resync=files, kick_seed=3)["loss"] == replica["loss"]
-    assert free_run(*started(), STEPS, silent, resync=files, kick_seed=4)["loss"] != replica["loss"]
+    # So few steps may all come out with the reference's bits: how a CPU sums decides.
+    others = [free_run(*started(), STEPS, silent, resync=files, kick_seed=seed)["loss"] for seed in range(4, 8)]
+    losses = {tuple(own) for own in (answer["loss"], replica["loss"], *others)}
+    assert len(losses) > 2
+    assert all(abs(a / b - 1) < 1e-5 for own in losses for a, b in zip(own, answer["loss"], strict=True))
 
 
 def test_a_replica_that_is_restored_is_the_one_that_would_be_built(reference) -> None:

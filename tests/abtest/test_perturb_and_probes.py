@@ -18,10 +18,12 @@ from abtest.evidence import noise_floor
 from abtest.gate import loss_checks
 from abtest.perturb import kick
 from abtest.probes import (
+    CROWD,
     FAR,
     MEMORISED,
     MEMORISED_LENGTH,
     REST,
+    SHAPED,
     TRICKY_LENGTHS,
     Probe,
     cut,
@@ -234,6 +236,13 @@ def test_the_kinds_of_probes(packs):
     one, other = (batch.supervised_tokens for batch in made[3])
     assert one > 3 * other > 0  # of one step, which must be divided by what both teach
     assert len({tuple(flat(probe)) for probe in made}) == 10
+
+
+def test_probes_for_their_shape_do_not_grow_with_the_pack():
+    shapes = [[tuple(batch.input_ids.shape) for batch in probe] for probe in probes(dataset(5376, [3000] * 10), 8, 1, 90)]
+    whole, shaped = [(1, 5376)], [(1, SHAPED)]
+    assert shapes == [whole, shaped, [(2, 960)], [(1, 1024)] * 2, whole, [(1, 1984)], shaped, whole]
+    assert off_grid(SHAPED) % 128 == 64 and sum((*TRICKY_LENGTHS, *CROWD)) < SHAPED
 
 
 def test_probes_are_a_function_of_their_seed_and_index():
