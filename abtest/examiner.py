@@ -17,6 +17,7 @@ from abtest.limits import UPDATE
 from abtest.op_level import op_reports
 from abtest.oracle import exact_arithmetic
 from abtest.probes import Probe, supervised
+from abtest.projection import kept
 from abtest.structure import examine, gradients
 from abtest.trace import trace
 from abtest.update import check_update, update_config
@@ -37,7 +38,7 @@ class Examiner:
         losses = accumulate(self.run, list(probe), supervised(probe))
         gradients = self.run.optimizer.gradients()
         marks.append((fp.fingerprint(gradients), losses))
-        distances.add(gradients, load_file(truth, device=str(self.run.device)))
+        distances.add(gradients, kept(load_file(truth, device=str(self.run.device))))
         self.run.optimizer.zero_grad()
 
     def structure(self, weights: str, state: str, indexes: list[int], count: int, seed: int, repeats: int) -> dict:

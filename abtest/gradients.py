@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from abtest.limits import ALPHA_BETTER, ALPHA_T, NOTHING, ROW_FLOOR
+from abtest.projection import Kept, Projected
 
 SMALL = 64  # tensors with fewer elements are pooled across layers
 FAINT = 1e-8  # of the mean |g*|^2: a batch with less is compared with so much, or it would outweigh every other
@@ -26,8 +27,9 @@ class Distances:
     elements: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def add(self, gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor]) -> None:
-        """Adds one batch. A missing, extra, misshapen, non-finite or aliased gradient is a problem, never skipped."""
+    def add(self, gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, Kept]) -> None:
+        """Adds one batch. A missing, extra, misshapen, non-finite or aliased gradient is a problem, never skipped. Where of
+        the truth a projection is left, sums are of projections."""
         self.problems += _mismatch(gradients, truth)
         batch = len(next(iter(self.error.values()), ()))
         compared = {name: g for name in truth if (g := gradients.get(name)) is not None and g.shape == truth[name].shape}
@@ -42,7 +44,7 @@ class Distances:
 
 
 def _all_sums(
-    gradients: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]
+    gradients: Mapping[str, torch.Tensor], truth: Mapping[str, Kept]
 ) -> dict[str, tuple[list[float], torch.Tensor]]:
     """By name the three sums and the row sums of `_sums`, these on the CPU; the device is waited for twice."""
     if not gradients:
@@ -53,15 +55,17 @@ def _all_sums(
     return dict(zip(gradients, zip(torch.stack(sums).tolist(), own_rows, strict=True), strict=True))
 
 
-def _sums(gradient: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _sums(gradient: torch.Tensor, exact: Kept) -> tuple[torch.Tensor, torch.Tensor]:
     """|g - g*|^2, |g*|^2 and <g, g*>, and the first of these for every row; fp64 [3] and [rows]."""
+    if isinstance(exact, Projected):
+        gradient, exact = exact.alike(gradient), exact.values
     gradient, exact = gradient.double(), exact.double()
     squares = (gradient - exact).square_()
     rows = squares.flatten(1).sum(1) if squares.ndim >= 2 else squares.sum().reshape(1)
     return torch.stack([rows.sum(), exact.square().sum(), (gradient * exact).sum()]), rows
 
 
-def _mismatch(gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor]) -> list[str]:
+def _mismatch(gradients: Mapping[str, torch.Tensor | None], truth: Mapping[str, Kept]) -> list[str]:
     problems = [f"{name}: in the candidate only" for name in gradients if name not in truth]
     whole: list[tuple[str, torch.Tensor]] = []
     for name, exact in truth.items():

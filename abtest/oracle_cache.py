@@ -22,7 +22,7 @@ from loop.files import write_safetensors
 ROOT = Path(__file__).resolve().parent.parent
 # What the oracle computes with: when one of these changes, so may its answers.
 SOURCES = (
-    "abtest/oracle.py", "abtest/probes.py",
+    "abtest/oracle.py", "abtest/probes.py", "abtest/projection.py",
     "loop/attention.py", "loop/batch.py", "loop/delta_net.py", "loop/lora.py", "loop/model.py",
 )  # fmt: skip
 

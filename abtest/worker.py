@@ -29,6 +29,7 @@ from abtest.oracle import exact_gradients, make_exact, packing_error, recurrence
 from abtest.oracle_cache import OracleCache
 from abtest.perturb import Start
 from abtest.probes import Probe, memorised, memorised_probes, probes
+from abtest.projection import keep
 from abtest.states import Held
 from abtest.stopwatch import Stopwatch
 from loop.config import Config
@@ -186,9 +187,10 @@ class Worker(Examiner, Stopwatch):
         self._load(weights)
         probe = self._probe(state, index, count, seed)
         cache = OracleCache(Path(folder), budget)
-        facts = (self.model_mark, self._mark_of(weights), fp.batch_fingerprint(probe), self.exact, self.run.dtype)
+        tokens = fp.batch_fingerprint(probe)
+        facts = (self.model_mark, self._mark_of(weights), tokens, self.exact, self.run.dtype)
         path = cache.path(*facts, states.is_slow(state))  # what is noted depends on that
-        notes = cache.get(path, lambda: self._exact(probe, state, index))
+        notes = cache.get(path, lambda: self._exact(probe, tokens, state, index))
         self._release()
         return {"path": str(path), "notes": {name: json.loads(value) for name, value in notes.items() if name != "format"}}
 
@@ -198,7 +200,7 @@ class Worker(Examiner, Stopwatch):
             self.weights_marks[weights] = fp.fingerprint(load_file(weights, device=str(self.run.device)))
         return self.weights_marks[weights]
 
-    def _exact(self, probe: Probe, state: str, index: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def _exact(self, probe: Probe, tokens: str, state: str, index: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         truth = {name: g.clone() for name, g in exact_gradients(self.run, probe, self.exact).items()}
         notes, slow = {}, states.is_slow(state)
         if index == TRICKY or (index < PACKED_PROBES and (slow or state == states.OVERFIT)):
@@ -206,7 +208,7 @@ class Worker(Examiner, Stopwatch):
         if index == TRICKY and slow:
             notes["recurrence_error"] = json.dumps(recurrence_error(self.run, probe[0], self.exact))
         self.run.optimizer.zero_grad()
-        return truth, notes
+        return keep(truth, tokens), notes
 
     def gradients(self, state: str, weights: str, index: int, count: int, seed: int, truth: str) -> dict:
         """This arm's gradients on one probe, added to the state's distances from the oracle's."""
