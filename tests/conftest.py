@@ -11,18 +11,22 @@ import functools
 import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each on two cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of numpy, which reads it when torch imports it, and of processes
+
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any test module
-if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each on two cores wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job; tests and their processes get Ctrl-C
@@ -35,6 +39,11 @@ if TYPE_CHECKING:
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GATE = "lossless gate"  # the property of a report that is one
+LONGEST = (  # of the files of tests; on two cores each takes half a minute or more
+    "lossless/test_arms.py", "contract/test_cross_compile.py", "lossless/test_ops.py", "abtest/test_end_to_end.py",
+    "bench/test_run.py", "abtest/test_catalogue_a.py", "abtest/test_catalogue_b.py", "abtest/test_survivors_op_level.py",
+    "contract/test_conv_silu_norm.py", "abtest/test_parallel.py", "abtest/test_structure.py", "contract/test_cuda_graphs.py",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -178,14 +187,30 @@ class ClosingLine:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would begin with the files of most tests
     if not hasattr(config, "workerinput"):  # xdist's workers leave it to the process that started them
         config.pluginmanager.register(ClosingLine(config), "closing line")
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is imported and collected by now stays to the end: the garbage collector need not go through it ever again."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """What is imported and collected stays to the end: the garbage collector need not go through it, now or ever again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes that share the suite begin with the files that take longest, so that all of them end together."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = Counter(item.path for item in items)
+        longest = {Path(__file__).parent / file: rank for rank, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: (longest.get(item.path, len(LONGEST)), -tests[item.path], item.path))
 
 
 @pytest.hookimpl(wrapper=True)
