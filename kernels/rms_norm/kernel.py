@@ -24,6 +24,7 @@ TILE_INTERPRETED = 1 << 14  # the interpreter's cost is per program, not per ele
 # That share the rows where dw is wanted: a constant, so that no device sums in another order; an H200 runs them all at once.
 WARPS_DWEIGHT = 16 * 132
 COLUMNS, WARPS_REDUCE = 8, 8  # of the partial sums that one program adds up: 32 bytes of a row; and its warps
+COLUMNS_INTERPRETED = 32  # the interpreter's cost is per program; a column's sum depends on the column alone
 WIDEST = 1 << 16  # elements of a row, which one program holds in registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -217,8 +218,9 @@ def _backward(
             D=D, ZERO_CENTRED=zero_centred, ADD=dsum is not None, DWEIGHT=with_dweight, STAGES=stages(tile, x.dtype), **tile,
         )  # fmt: skip
         if with_dweight:
-            _reduce_kernel[(triton.cdiv(D, COLUMNS),)](
-                partial, dweight, programs, D=D, BP=triton.next_power_of_2(programs), BC=COLUMNS, num_warps=WARPS_REDUCE
+            columns = COLUMNS_INTERPRETED if INTERPRETED.value else COLUMNS
+            _reduce_kernel[(triton.cdiv(D, columns),)](
+                partial, dweight, programs, D=D, BP=triton.next_power_of_2(programs), BC=columns, num_warps=WARPS_REDUCE
             )
     return dx, dweight
 
