@@ -155,9 +155,12 @@ def accumulation(method: str, dtype: str, case: Case | None, name: str) -> Op:
 
         return accumulated
 
+    @functools.cache
+    def drawn(seed: int) -> Tensor:
+        return torch.randn(MICRO_STEPS, total, generator=torch.Generator().manual_seed(seed)).to(getattr(torch, dtype))
+
     def inputs(workload: Workload, device: torch.device, seed: int) -> tuple[Tensor]:
-        drawn = torch.randn(MICRO_STEPS, total, generator=torch.Generator().manual_seed(seed))
-        return (drawn.to(getattr(torch, dtype)),)
+        return (drawn(seed).clone(),)
 
     return Op(side(None), side(case), inputs, (), lambda workload: 0, lambda workload: 0)
 

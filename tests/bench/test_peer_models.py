@@ -229,22 +229,23 @@ ASK = """
 import io, json, sys
 from bench.peers import find
 from bench.peers.worker import PeerWorker
-worker = PeerWorker(io.StringIO(), find(sys.argv[1]))
-answer = worker.build(json.loads(sys.argv[2]), [])
-if not answer["refused"]:
-    packed = worker.dataset.micro_batches(0, 1, 1)[0]
-    answer["logits"] = worker.run.model(**worker.ready.inputs(packed)).logits.double().sum().item()
-print(json.dumps(answer))
+for config in sys.argv[2:]:
+    worker = PeerWorker(io.StringIO(), find(sys.argv[1]))
+    answer = worker.build(json.loads(config), [])
+    if not answer["refused"]:
+        packed = worker.dataset.micro_batches(0, 1, 1)[0]
+        answer["logits"] = worker.run.model(**worker.ready.inputs(packed)).logits.double().sum().item()
+    print(json.dumps(answer))
 """
 
 
-def asked(name: str, config: Config, path: Path) -> dict:
-    """What a peer's worker answers in a process where `path` comes first."""
+def asked(name: str, path: Path, *configs: Config) -> list[dict]:
+    """What a peer's worker answers to each in a process where `path` comes first."""
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
-    words = [sys.executable, "-c", ASK, name, json.dumps(to_plain(config))]
+    words = [sys.executable, "-c", ASK, name, *(json.dumps(to_plain(config)) for config in configs)]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(configs) :]]
 
 
 def test_fla_is_what_transformers_binds_and_is_told_of_boundaries(tmp_path, one_thread):
@@ -253,13 +254,13 @@ def test_fla_is_what_transformers_binds_and_is_told_of_boundaries(tmp_path, one_
     for folder in (ops.parent, ops):
         (folder / "__init__.py").touch()
     (ops / "gated_delta_rule.py").write_text(FLA, encoding="utf-8")
-    bound = asked("transformers_peft_fla", HYBRID, tmp_path)
+    dense, bound = asked("transformers_peft_fla", tmp_path, CONFIG, HYBRID)
     assert bound["peer"]["bound"]["torch_chunk_gated_delta_rule"] == "fla.ops.gated_delta_rule.chunk_gated_delta_rule"
     assert bound["peer"]["bound"]["causal_conv1d_fn"].startswith("transformers.")
-    plain = asked("transformers_peft", HYBRID, tmp_path)  # FLA is there, and hidden from it
+    (plain,) = asked("transformers_peft", tmp_path, HYBRID)  # FLA is there, and hidden from it
     assert plain["peer"]["bound"]["torch_chunk_gated_delta_rule"].startswith("transformers.")
     assert plain["weights"] == bound["weights"] and plain["logits"] != bound["logits"]
-    assert asked("transformers_peft_fla", CONFIG, tmp_path)["refused"] == {
+    assert dense["refused"] == {
         "transformers_peft_fla": "the model has no gated-delta layers, so installing FLA changes nothing"
     }
 

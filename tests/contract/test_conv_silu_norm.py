@@ -40,8 +40,10 @@ from bench.cross_compile.compilers import with_triton
 from kernels.conv_silu_norm.cross_compile import CASES
 for case in CASES:
     if case.name in sys.argv[2:]:
-        with_triton(case, "sm_90a", Path(sys.argv[1]))
+        with_triton(case, "sm_90a", Path(sys.argv[1], case.name))
 """
+LOOPS = ("backward with dw, fp32", "forward, fp32")
+PRODUCTS = ("forward, bf16", "backward with dw, bf16")
 
 
 def pack_of(*lengths: int) -> Pack:
@@ -138,29 +140,31 @@ def test_rows_shared_out_with_the_tiles_of_a_gpu(documents, HK, V, tiled_as_on_a
     assert_near_truth(*inputs_of(sum(documents), HK, 8, V), pack_of(*documents), HK, 8)
 
 
-def compiled(folder: Path, *names: str) -> list[str]:
-    """What Triton makes of the cases for an H200, before LLVM has seen it."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, str]:
+    """What Triton makes of cases for an H200, before LLVM has seen it."""
+    folder = tmp_path_factory.mktemp("compiled")
     where = {"env": os.environ | {"TRITON_INTERPRET": "0"}, "cwd": Path(kernel.__file__).parents[2]}
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(folder), *names], **where, capture_output=True, text=True)
+    words = [sys.executable, "-c", COMPILE, str(folder), *LOOPS, *PRODUCTS]
+    done = subprocess.run(words, **where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    codes = [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*_kernel.ttir"))]
-    assert len(codes) == len(names)
+    codes = {path.relative_to(folder).parts[0]: path.read_text(encoding="utf-8") for path in folder.rglob("*_kernel.ttir")}
+    assert codes.keys() == {*LOOPS, *PRODUCTS}
     return codes
 
 
-def test_the_compiled_walks_hand_on_every_row(tmp_path):
+def test_the_compiled_walks_hand_on_every_row(compiled):
     """Triton decides which names a loop carries from one step to the next; its interpreter, which runs Python, does not."""
-    codes = compiled(tmp_path, "backward with dw, fp32", "forward, fp32")
-    loops = [re.findall(r"scf\.for .* -> \((.*)\) +: i32 \{", code) for code in codes]
+    loops = [re.findall(r"scf\.for .* -> \((.*)\) +: i32 \{", compiled[name]) for name in LOOPS]
     carried = [Counter(re.findall(r"tensor<1x128xf\d\d>", values)) for values in itertools.chain(*loops)]
     rows, sums = {"tensor<1x128xf32>": 3 + 3}, {"tensor<1x128xf64>": 4}  # of x and of dp; of dw
     forward = {"tensor<1x128xf32>": 3}
     assert sorted(carried, key=len) == [forward, forward, rows | sums, rows | sums]  # for q and k, and for v
 
 
-def test_no_product_is_left_for_the_compiler_to_fuse(tmp_path):
+def test_no_product_is_left_for_the_compiler_to_fuse(compiled):
     """It would choose for each place in a step alone, so that a row's bits would differ from place to place."""
-    for code in compiled(tmp_path, "forward, bf16", "backward with dw, bf16"):
+    for code in (compiled[name] for name in PRODUCTS):
         products = set(re.findall(r"(%\S+) = arith\.mulf", code))
         sums = re.findall(r'(?:arith\.(?:addf|subf)|"tt\.reduce")\(?(.*)', code)
         assert products and sums and not any(products & set(re.findall(r"%\w+", line)) for line in sums)
