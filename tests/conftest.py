@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GATE = "lossless gate"  # the property of a report that is one
-LONGEST = (  # of the files of tests; on two cores each takes half a minute or more
-    "lossless/test_arms.py", "contract/test_cross_compile.py", "lossless/test_ops.py", "abtest/test_end_to_end.py",
-    "bench/test_run.py", "abtest/test_catalogue_a.py", "abtest/test_catalogue_b.py", "abtest/test_survivors_op_level.py",
-    "contract/test_conv_silu_norm.py", "abtest/test_parallel.py", "abtest/test_structure.py", "contract/test_cuda_graphs.py",
+LONGEST = (  # files of tests; compiling takes minutes in one test, so it comes after the arms, which need two processes
+    "lossless/test_arms.py", "lossless/test_ops.py", "abtest/test_end_to_end.py", "bench/test_run.py",
+    "abtest/test_catalogue_a.py", "contract/test_cross_compile.py", "abtest/test_catalogue_b.py",
+    "abtest/test_survivors_op_level.py", "abtest/test_structure.py", "contract/test_conv_silu_norm.py",
+    "abtest/test_parallel.py", "contract/test_cuda_graphs.py",
 )  # fmt: skip
 
 
