@@ -18,7 +18,9 @@ from loop.training import build
 
 SAME, CLOSE = 1e-9, 1e-4  # relative distance in fp64 and in fp32
 SAME_GRADIENT_BITS = {"recomputation", "loss_summed_backwards"}
-SAME_WITH_A_FROZEN_HEAD = {"loss_in_row_blocks", "loss_of_supervised_rows"}  # on a CPU: a row's product is the row's own
+SAME_WITH_A_FROZEN_HEAD = {"loss_in_row_blocks"}  # on a CPU: a row's product is the row's own
+# On some CPUs: a product's blocks, and so its bits, depend on how many rows and columns it has, or they don't.
+SAME_ON_SOME_CPUS = {"loss_of_supervised_rows", "joint_gate_up", "joint_qkv"}
 L = 192
 CONFIG = Config(device="cpu", dtype="float32", lora=LoraConfig(rank=4, alpha=8.0), data=DataConfig(pack_length=L))
 REWRITES = {name: planted for name, planted in catalogue().items() if planted.kind == "benign"}
@@ -90,7 +92,7 @@ def planted_run(planted: Planted, model: str, method: str) -> Run:
 @pytest.mark.parametrize(("name", "method"), [(name, method) for name, p in REWRITES.items() for method in p.methods])
 def test_is_the_same_function_with_other_rounding_and_repeats_itself(model, name, method):
     (loss, gradients), (exact_loss, exact_gradients) = reference(model, method)
-    may_be_same = SAME_GRADIENT_BITS | (SAME_WITH_A_FROZEN_HEAD if method == "lora" else set())
+    may_be_same = SAME_GRADIENT_BITS | SAME_ON_SOME_CPUS | (SAME_WITH_A_FROZEN_HEAD if method == "lora" else set())
     run = planted_run(REWRITES[name], model, method)
 
     once, again = micro_step(run), micro_step(run)

@@ -116,8 +116,8 @@ def test_it_starts_where_stock_starts_and_has_its_gradients_on_a_single_document
     assert not any("PackedDeltaNet" in path for path in theirs["paths"])
     packed = stock.dataset.micro_batches(0, 1, 1)[0]
     assert len(packed.lengths) > 1
-    assert distance(stock, peer, alone(packed)) < 1e-4
-    leaks = distance(stock, peer, packed) > 1e-3
+    assert distance(stock, peer, alone(packed)) < 1e-3  # of the worst parameter: four decay rates of a layer
+    leaks = distance(stock, peer, packed) > 1e-2
     assert leaks == (config.model == "qwen3.5-tiny")  # transformers' own delta rule pays no heed to boundaries
 
 

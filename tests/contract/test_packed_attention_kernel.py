@@ -162,13 +162,19 @@ def test_what_the_kernel_takes(monkeypatch):
     assert fused(x) and fused(x.half()) and not fused(x.float()) and not fused(torch.cat([x, x], dim=-1))
 
 
-@pytest.mark.parametrize("name", ["small, documents of 1 to 3", "small, exactly a chunk", "small, window"])
+# The folder's own workload of such documents has too few elements for a mean error in fp32 to say anything.
+SHORT = Workload("documents of 1 to 3", {"B": 1, "L": 240, "H": 4, "KV": 2, "D": 64}, small=True)
+WITH_SHORT = attention_op((SHORT, (1, 2, 3) * 40))
+CHECKED = {"small, exactly a chunk": OPTIMIZATION.op, "small, window": OPTIMIZATION.op, SHORT.name: WITH_SHORT}
+
+
+@pytest.mark.parametrize("name", CHECKED)
 def test_the_kernel_passes_the_check_of_ops(name, monkeypatch):
     """As near to fp64 as PyTorch, each quantity; second backward, second call, inputs, memory that nobody wrote."""
     monkeypatch.setattr(kernel, "fused", lambda query: True)
-    workload = next(w for w in OPTIMIZATION.op.workloads if w.name == name)
+    workload = next(w for w in CHECKED[name].workloads if w.name == name)
     workload = replace(workload, dtype=str(DTYPE).removeprefix("torch."))
-    report = check_op(OPTIMIZATION.op, workload, DEVICE)
+    report = check_op(CHECKED[name], workload, DEVICE)
     assert report.passed, report.verdict.reason
 
 
