@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -22,6 +25,14 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
+@dataclass
+class Waiting:
+    """gradients: what nobody has added yet, by master, in the parameters' dtype. wanted: whether anything is to wait."""
+
+    wanted: bool = False
+    gradients: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
+
+
 class MasterAdamW:
     """torch's AdamW over fp32 masters of `parameters` (canonical name -> parameter).
 
@@ -33,6 +44,7 @@ class MasterAdamW:
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig, steps: int) -> None:
         self.config, self.steps = config, steps
         self.hooks: list[RemovableHandle] = []
+        self.waiting = Waiting()
         self.parameters = parameters
         self.masters = {name: self._master(parameter) for name, parameter in parameters.items()}
         self.collectors = {parameter: self.masters[name] for name, parameter in parameters.items()}
@@ -47,14 +59,18 @@ class MasterAdamW:
     def _master(self, parameter: nn.Parameter) -> torch.Tensor:
         if parameter.dtype == torch.float32:
             return parameter
-        master = parameter.detach().float().clone()
+        master, waiting = parameter.detach().float().clone(), self.waiting  # not self: parameters would hold the optimizer
 
         def accumulate(p: torch.Tensor) -> None:
             if p.grad is None:  # torch also calls where backward gave none: it went to the collector
                 return
-            gradient = p.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            p.grad = None
+            earlier, gradient, p.grad = waiting.gradients.pop(master, None), p.grad, None
+            if waiting.wanted and earlier is None:
+                waiting.gradients[master] = gradient
+                return
+            if earlier is not None:  # several backwards in one `deferring`: added in their order
+                _add(master, earlier)
+            _add(master, gradient)
 
         self.hooks.append(parameter.register_post_accumulate_grad_hook(accumulate))
         return master
@@ -65,6 +81,21 @@ class MasterAdamW:
             hook.remove()
         self.hooks.clear()
         self.collectors.clear()
+
+    @contextmanager
+    def deferring(self) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
+        """Within it gradients are not added to the masters' as they come, but left to the caller to add, all at once.
+
+        Gives a dict that holds them by master, as backward made them, in the dtype of the parameter. There is none for a
+        parameter that is its own master; what goes to a `collector` goes there at once, and comes before the parameter's own
+        in a backward. Whatever is left in the dict at the end is dropped.
+        """
+        self.waiting.wanted = True
+        try:
+            yield self.waiting.gradients
+        finally:
+            self.waiting.wanted = False
+            self.waiting.gradients.clear()
 
     def collector(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """The fp32 tensor whose `.grad` adds up this parameter's gradient; None for one that is not here, or once released.
@@ -131,6 +162,11 @@ class MasterAdamW:
                 else:
                     own[key].zero_()
         self.publish()
+
+
+def _add(master: torch.Tensor, gradient: torch.Tensor) -> None:
+    wide = gradient.float()
+    master.grad = wide if master.grad is None else master.grad.add_(wide)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, name: str) -> None:

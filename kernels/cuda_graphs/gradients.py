@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Held = tuple[bool, ...]  # which masters have a gradient, in the optimizer's order
+Waiting = dict[Tensor, Tensor]  # gradients that are not added yet, by master, in their parameters' dtype
+Pair = tuple[Tensor, Tensor]  # a buffer, and what is to be copied or added there
+MOST_CAST = 1 << 26  # numbers that are cast to fp32 before they are added: 256 MiB of the graphs' memory
+
+
+def deferred(optimizer: Any) -> AbstractContextManager[Waiting]:
+    """Within it the optimizer leaves gradients for `Accumulators.store`. One that can't leave them adds them itself."""
+    return optimizer.deferring() if hasattr(optimizer, "deferring") else nullcontext({})
 
 
 class Accumulators:
@@ -15,7 +26,8 @@ class Accumulators:
 
     A graph for the first micro-step of a step begins without gradients, as the loop does, and its last act is to copy those
     that it made into the buffers; one for a later micro-step begins with the buffers and adds in place. Beginning with zeros
-    instead would change bits: 0 + -0 is 0.
+    instead would change bits: 0 + -0 is 0. Narrow gradients wait for the end of backward, since hundreds of small casts and
+    additions take longer than their bytes do.
     """
 
     def __init__(self, masters: Mapping[str, Tensor]) -> None:
@@ -38,17 +50,28 @@ class Accumulators:
         for (name, master), has in zip(self.masters.items(), held, strict=True):
             master.grad = self.buffers[name] if has else None
 
-    def allocate(self) -> None:
-        """Buffers for whatever has a gradient now."""
-        for name, _ in self._with_gradient():
-            self._buffer(name)
+    def allocate(self, waiting: Waiting) -> None:
+        """Buffers for whatever has a gradient now, or will have."""
+        for name, master in self.masters.items():
+            if master.grad is not None or master in waiting:
+                self._buffer(name)
 
-    def store(self) -> None:
-        """Copies gradients that lie elsewhere into their buffers, which are there already. Part of the graph."""
-        fresh = [(self.buffers[name], m.grad) for name, m in self._with_gradient() if m.grad is not self.buffers[name]]
-        if fresh:
-            targets, sources = zip(*fresh, strict=True)
-            torch._foreach_copy_(targets, sources)
+    def store(self, waiting: Waiting) -> None:
+        """Brings gradients that lie elsewhere, or wait, into their buffers, which are there already. Part of the graph.
+
+        Rounds nothing, and adds in fp32 and in the order in which the optimizer would: what it has got already comes first.
+        """
+        copied, added = [], []
+        for name, master in self.masters.items():
+            own, late, buffer = master.grad, waiting.pop(master, None), self.buffers.get(name)
+            if own is not None and own is not buffer:
+                copied.append((buffer, own))
+            if late is not None:
+                (copied if own is None else added).append((buffer, late))
+            if own is not None or late is not None:
+                master.grad = buffer
+        _copy(copied)
+        _add(added)
 
     def publish(self, given: Held) -> None:
         """After a replay: the buffers that it wrote are the gradients."""
@@ -72,3 +95,34 @@ class Accumulators:
         if name not in self.buffers:
             self.buffers[name] = torch.empty_like(self.masters[name], requires_grad=False)
         return self.buffers[name]
+
+
+def _copy(pairs: Iterable[Pair]) -> None:
+    """In few launches: PyTorch makes one a pair if sources of a list differ in dtype, or if one pair differs in strides."""
+    alike = defaultdict(list)
+    for target, source in pairs:
+        alike[source.dtype, source.stride() == target.stride()].append((target, source))
+    for some in alike.values():
+        torch._foreach_copy_(*zip(*some, strict=True))
+
+
+def _add(pairs: list[Pair]) -> None:
+    """As `_copy`; cast first, since PyTorch has no addition of lists of two dtypes in few launches."""
+    for some in _portions(pairs):
+        buffers, gradients = zip(*some, strict=True)
+        wide = [torch.empty_like(buffer) for buffer in buffers]
+        _copy(zip(wide, gradients, strict=True))
+        torch._foreach_add_(buffers, wide)
+
+
+def _portions(pairs: list[Pair]) -> Iterator[list[Pair]]:
+    """The pairs in turn, up to `MOST_CAST` numbers at a time, or a single larger one."""
+    portion, size = [], 0
+    for pair in pairs:
+        if portion and size + pair[0].numel() > MOST_CAST:
+            yield portion
+            portion, size = [], 0
+        portion.append(pair)
+        size += pair[0].numel()
+    if portion:
+        yield portion

@@ -13,7 +13,7 @@ import torch
 from loop.batch import PackedBatch
 from loop.model import plain_micro_step
 
-from .gradients import Accumulators, Held
+from .gradients import Accumulators, Held, deferred
 from .inputs import ROWS, CannotCapture, Inputs, signature, with_padded_rows
 from .recorder import RandomState
 from .watch import Baked, Onlookers, watcher
@@ -143,17 +143,19 @@ class GraphedMicroStep:
 
         def work() -> None:
             loss = forward_backward(run, inputs)
+            gradients.store(waiting)
             given.append(gradients.held())
-            gradients.store()
             self.loss.copy_(loss)
 
         try:
-            for _ in range(1 if self.counts[CAPTURES] else WARM_UPS):
+            with deferred(run.optimizer) as waiting:
+                for _ in range(1 if self.counts[CAPTURES] else WARM_UPS):
+                    gradients.start(held)
+                    self.recorder.warm(lambda: forward_backward(run, inputs))
+                    gradients.allocate(waiting)
+                    gradients.store(waiting)
                 gradients.start(held)
-                self.recorder.warm(lambda: forward_backward(run, inputs))
-                gradients.allocate()
-            gradients.start(held)
-            graph = self.recorder.record(work)
+                graph = self.recorder.record(work)
         finally:
             gradients.restore(held, before)
             random.restore()

@@ -131,6 +131,53 @@ def test_gradients_of_bf16_parameters_add_up_in_fp32():
     assert naive.tolist() == [1.0] * 4
 
 
+@pytest.mark.parametrize("backwards", [1, 2, 3])
+def test_deferred_gradients_wait_in_their_dtype_and_add_up_in_order(backwards):
+    """Where one parameter gets several they are added as ever, but for what is left waiting: each is one's turn."""
+    optimizers = []
+    for _ in range(2):
+        narrow, wide = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(3))
+        optimizers.append(MasterAdamW({"narrow": narrow, "wide": wide}, CONFIG, STEPS))
+    deferring, stock = optimizers
+    grads = [
+        torch.tensor(values, dtype=torch.bfloat16) for values in ([1, 2.0**25, 3], [2.0**-9, 1, -0.0], [5, -(2.0**25), 7])
+    ]
+
+    def backward_of(optimizer: MasterAdamW, grad: torch.Tensor) -> None:
+        sum((parameter * grad).sum() for parameter in optimizer.parameters.values()).backward()
+
+    for optimizer in optimizers:
+        backward_of(optimizer, torch.full((3,), 2.0**-7, dtype=torch.bfloat16))
+    with deferring.deferring() as waiting:
+        for grad in grads[:backwards]:
+            backward_of(deferring, grad)
+            backward_of(stock, grad)
+        master = deferring.masters["narrow"]
+        assert deferring.parameters["narrow"].grad is None
+        assert len(waiting) == backwards % 2, "in pairs they are added"
+        if waiting:
+            assert waiting[master].dtype == torch.bfloat16
+            master.grad.add_(waiting.pop(master).float())
+        assert deferring.masters["wide"].grad is deferring.parameters["wide"].grad, "its own master"
+    for name, gradient in stock.gradients().items():
+        assert torch.equal(deferring.gradients()[name], gradient), name
+    backward_of(deferring, grads[0])
+    backward_of(stock, grads[0])
+    assert torch.equal(deferring.gradients()["narrow"], stock.gradients()["narrow"]), "afterwards at once"
+
+
+def test_what_nobody_took_is_dropped():
+    parameter = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    optimizer = MasterAdamW({"p": parameter}, CONFIG, STEPS)
+    with pytest.raises(ZeroDivisionError), optimizer.deferring() as waiting:
+        (parameter * 2).sum().backward()
+        assert waiting
+        raise ZeroDivisionError
+    assert waiting == {} and optimizer.gradients() == {"p": None} and parameter.grad is None
+    (parameter * 2).sum().backward()
+    assert optimizer.gradients()["p"].tolist() == [2.0, 2.0]
+
+
 class DeliversItself(torch.autograd.Function):
     """x -> sum of parameter * x, whose backward adds to the parameter's sum and gives autograd no gradient for it."""
 
