@@ -114,6 +114,7 @@ def _measure(run: Run, dataset: Dataset, effort: Effort, say: Say) -> dict[str, 
     say(f"tracing: {effort.traced} of each phase")
     trace = _trace(run, found, effort.traced, graphs=replays[0] > 0)
     results = {name: _walls(walls[name]) | traced for name, traced in _traced(run, found, trace).items()}
+    peaks = memory.with_graphs(peaks, run.device)  # only now: whatever runs after it has to allocate anew
     return {
         "enabled": list(run.enabled), "refused": dict(run.refused), "data": _data(run, dataset, batch),
         "phases": results, "memory": owned | peaks, "stacks": stacks,

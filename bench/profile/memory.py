@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from abtest.stopwatch import staying_memory
 from loop.batch import PackedBatch
 from loop.run import Run
 
@@ -26,6 +27,8 @@ WORDS = {
     "peak": "peak of the measured steps",
     "reserved": "held by PyTorch's allocator",
 }
+
+COUNTED = "allocator, and pools of graphs"  # where the peak is at least what graphs hold
 
 Storages = dict[int, int]  # address -> bytes
 
@@ -96,7 +99,7 @@ def _by_allocator(run: Run, batch: PackedBatch) -> Callable[[dict[str, Storages]
 
     def kept(owners: dict[str, Storages]) -> dict[str, Any]:
         known = sum(sum(own.values()) for own in owners.values())
-        return marks | {"rest": max(0, after - known), "counted_by": "allocator"}
+        return marks | {"rest": max(0, after - known), "counted_by": COUNTED}
 
     return kept
 
@@ -146,8 +149,13 @@ def _plainly(run: Run, batch: PackedBatch) -> None:
 
 
 def peaks(device: torch.device) -> dict[str, int | None]:
-    """Peak since the statistics were reset, and what the allocator holds, memory of graphs included; on a CPU the resident
-    memory of the process so far."""
+    """Peak since the statistics were reset, without memory of graphs, and what the allocator holds, with it; on a CPU the
+    resident memory of the process so far."""
     if device.type == "cuda":
         return {"peak": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.memory_reserved(device)}
     return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "reserved": None}
+
+
+def with_graphs(found: dict[str, int | None], device: torch.device) -> dict[str, int | None]:
+    """What `peaks` found, on CUDA with a peak of at least what stays with the process, memory of graphs included."""
+    return found | {"peak": max(found["peak"], staying_memory(device))} if device.type == "cuda" else found

@@ -45,7 +45,9 @@ BUT_PEERS = " A peer is all the same: it never ships, and has to be beaten whate
 COLUMNS = """\
 - Decided by: the gate's check that came closest to its limit, or failed by most; each arm's page has them all.
 - Micro: the op on its own, forward and backward, over PyTorch's, and the largest part of the hardware limit that it reaches.
-- Launches saved: device kernels a micro-step, of as many as the reference launches."""
+- Launches saved: device kernels a micro-step, of as many as the reference launches.
+- Peak memory: on a GPU the most that tensors take in a micro-step, or what stays with the process between two, pools of CUDA
+  graphs included, if that is more; on a CPU the resident memory of the process."""
 
 
 def setting_page(device: Device, setting: Setting, shipping: Shipping, plotted: bool, floor: bool = False) -> str:

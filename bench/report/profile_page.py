@@ -10,7 +10,7 @@ from typing import Any
 from abtest import markdown
 from abtest.markdown import folded, memory
 from bench.profile import groups
-from bench.profile.memory import WORDS
+from bench.profile.memory import COUNTED, WORDS
 from bench.profile.records import FOLDER, ProfileRecord, busy_share, load
 from bench.report.flame import LEGEND, flame
 from bench.report.profile_plots import Bar, stacked
@@ -42,10 +42,14 @@ BY_OPERATORS = (
     "those without arithmetic a lot. What Python does in between is not in it. Stock's delta rule in pure PyTorch shows as "
     "the products, copies and elementwise operators that it is made of."
 )
+BY_ALLOCATOR = (
+    "Weights, moments and gradients by their tensors, storage that several share once; what layers keep and the loss head's "
+    "growth by the allocator at the seams of a micro-step that is not replayed from a graph."
+)
 MEMORY = {
-    "allocator": "Weights, moments and gradients by their tensors, storage that several share once; what layers keep and "
-    "the loss head's growth by the allocator at the seams of a micro-step that is not replayed from a graph. The peak is of "
-    "the measured steps; memory that graphs hold is in the last row alone.",
+    COUNTED: f"{BY_ALLOCATOR} The peak is of the measured steps, or what stays with the process between them, pools of "
+    "graphs included, if that is more.",
+    "allocator": f"{BY_ALLOCATOR} The peak is of the measured steps; memory that graphs hold is in the last row alone.",
     "saved tensors": "Weights, moments and gradients by their tensors, storage that several share once; what layers and the "
     "loss keep by what autograd saves. The peak is the resident memory of the whole process.",
 }

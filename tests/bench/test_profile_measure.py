@@ -108,7 +108,7 @@ def test_the_allocator_tells_what_layers_keep_and_how_the_head_grows(monkeypatch
     kept = memory._by_allocator(run, batch)
     assert run.loss_head is head and resets == [CUDA]
     assert kept({"frozen": {1: 800}, "gradients": {2: 200}}) == {
-        "activations": 4000, "loss": 4000, "rest": 300, "counted_by": "allocator",
+        "activations": 4000, "loss": 4000, "rest": 300, "counted_by": memory.COUNTED,
     }  # fmt: skip
 
 
@@ -116,3 +116,16 @@ def test_peaks_of_a_device_are_its_allocators(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9)
     assert memory.peaks(CUDA) == {"peak": 7, "reserved": 9}
+
+
+@pytest.mark.parametrize(("stays", "peak"), [(5, 7), (8, 8)])
+def test_the_peak_is_at_least_what_stays_with_the_process(stays, peak, monkeypatch):
+    reserved = iter((9, stays))  # with what is cached, and without
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    found = memory.peaks(CUDA)
+    assert not emptied, "what is measured next would have to allocate anew"
+    assert memory.with_graphs(found, CUDA) == {"peak": peak, "reserved": 9} and emptied
+    assert memory.with_graphs(found, torch.device("cpu")) == found

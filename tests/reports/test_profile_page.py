@@ -14,6 +14,7 @@ from rendered import tables
 
 from abtest import jsonl
 from bench import records as device_records
+from bench.profile.memory import COUNTED
 from bench.profile.records import ProfileRecord, busy_share, read
 from bench.report import differences, render
 from bench.report.profile_page import by_setting
@@ -90,6 +91,13 @@ def test_stock_and_sets_stand_side_by_side(tmp_path):
     assert groups[-1] == ["sum", "63", "60"]
     assert ["kept for backward by the layers", "9.0 GiB", "9.0 GiB"] in owners
     assert "**96.0 %**" in text and "**80.0 %**" not in text  # the aim is 95 %
+
+
+def test_it_says_whether_a_peak_counts_what_graphs_hold(tmp_path):
+    older = rendered(tmp_path / "older", record(result()))
+    newer = rendered(tmp_path / "newer", record(result(memory=MEMORY | {"counted_by": COUNTED})))
+    assert "memory that graphs hold is in the last row alone" in older and "pools of graphs included" not in older
+    assert "pools of graphs included" in newer and "in the last row alone" not in newer
 
 
 def test_details_of_a_set(tmp_path):
