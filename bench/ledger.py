@@ -46,14 +46,15 @@ class Ledger:
         found = [record for record in self.records() if record.arm == plan.name]
         return any(plan.role != "combination" or record.optimizations == plan.optimizations for record in found)
 
-    def passed(self) -> list[str]:
-        """Optimizations that are lossless beside the run's own stock and timed, in the registry's order."""
+    def passed(self) -> dict[str, float]:
+        """Optimizations that are lossless beside the run's own stock and timed, in the registry's order: stock's time over
+        theirs."""
         newest = {record.arm: record for record in self.records() if record.role == "optimization"}
-        fast = {
-            name for name, record in newest.items()
+        ratios = {
+            name: record.perf.ratio for name, record in newest.items()
             if record.verdict.level.lossless and record.perf is not None and record.recipe == self.recipe
         }  # fmt: skip
-        return [name for name in registry.discover() if name in fast]
+        return {name: ratios[name] for name in registry.discover() if name in ratios}
 
 
 def _first_difference(one: Any, other: Any, prefix: str = "") -> tuple[str, Any, Any]:

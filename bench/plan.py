@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -89,14 +89,18 @@ def _peer_arm(peer: Peer, config: Config, device: torch.device) -> ArmPlan:
     )
 
 
-def combination(names: list[str], config: Config) -> ArmPlan | None:
-    """The arm with every one of `names` on; None for fewer than two. Of two that conflict the first stays."""
-    kept: list[str] = []
+def combination(ratios: Mapping[str, float], config: Config) -> ArmPlan | None:
+    """The arm with every one of `ratios` on, in their order; None for fewer than two.
+
+    ratios: stock's time over an optimization's own, by its name. Of two that conflict the faster stays, of equals the first.
+    """
+    chosen: list[str] = []
     known = registry.discover()
-    for name in names:
-        clash = any(name in known[other].conflicts or other in known[name].conflicts for other in kept)
+    for name in sorted(ratios, key=lambda name: -ratios[name]):
+        clash = any(name in known[other].conflicts or other in known[name].conflicts for other in chosen)
         if not clash:
-            kept.append(name)
+            chosen.append(name)
+    kept = [name for name in ratios if name in chosen]
     if len(kept) < 2:
         return None
     return ArmPlan(

@@ -22,8 +22,9 @@ from bench import budget, measure, records, run
 from bench.ceilings import Ceilings
 from bench.claims import Claims
 from bench.command import Command
-from bench.plan import plan_arms
+from bench.plan import combination, plan_arms
 from loop.cli import guarded
+from loop.config import Config
 from loop.errors import UserError
 
 TIMED = ["static_lora", "supervised_logits", "packed_attention"]  # plain PyTorch: a CPU times them, too
@@ -298,6 +299,34 @@ def test_the_combination_is_of_what_passed_in_the_whole_run(world):
     combined = world.records("r")[-1]
     assert combined.role == "combination" and sorted(combined.optimizations) == sorted(TIMED)
     assert world("--run", "r", "--arms", *TIMED) == []
+
+
+@pytest.mark.parametrize(("faster", "slower"), [("static_lora", "lora_matmul"), ("lora_matmul", "static_lora")])
+def test_of_two_that_conflict_the_one_that_was_faster_in_this_run_is_combined(world, faster, slower, monkeypatch):
+    ratios = {faster: 1.5, slower: 1.2}
+    monkeypatch.setattr(
+        measure, "time_arms", lambda *given: dataclasses.replace(PERF, ratio=ratios.get(world.gated[-1], PERF.ratio))
+    )
+    assert world("--run", "r", "--arms", "lora_matmul", "static_lora", "packed_attention")[-1] == "combination"
+    assert world.records("r")[-1].optimizations == tuple(sorted([faster, "packed_attention"]))
+    assert world("--run", "r", "--arms", "lora_matmul", "static_lora", "packed_attention") == []
+
+
+@pytest.mark.parametrize(
+    ("ratios", "kept"),
+    [
+        ({"lora_matmul": 1.0, "silu_mul": 1.0, "static_lora": 1.0}, ("lora_matmul", "silu_mul")),
+        ({"lora_matmul": 0.9, "silu_mul": 1.3, "static_lora": 0.95}, ("silu_mul", "static_lora")),
+        ({"lora_matmul": 1.3, "sm121a_matmul": 1.2, "static_lora": 1.1, "silu_mul": 1.0}, ("lora_matmul", "silu_mul")),
+        # One that has to go for a third is in nobody's way any more.
+        ({"full_ft_linear": 1.1, "lora_matmul": 1.3, "sm121a_matmul": 1.2}, ("full_ft_linear", "lora_matmul")),
+        ({"lora_matmul": 1.3, "static_lora": 1.2}, None),
+        ({}, None),
+    ],
+)
+def test_a_combination_keeps_the_faster_of_two_and_the_order(ratios, kept):
+    found = combination(ratios, Config())
+    assert kept is None if found is None else found.optimizations == kept
 
 
 def test_a_later_arm_makes_another_combination(world):

@@ -325,7 +325,7 @@ def test_an_arm_with_a_recipe_is_compared_with_stock_of_it_and_does_not_ship(ben
     assert plain.recipe == stock.recipe and plain.reference_losses == (2.0, 1.0) and not plain.notes
     shipping = decide([stock, packed, plain])
     assert shipping.enable == ("silu_mul",) and "stock of another recipe" in shipping.not_enabled["packing"]
-    assert Ledger(bench.path, "r", stock.recipe).passed() == ["silu_mul"]
+    assert Ledger(bench.path, "r", stock.recipe).passed() == {"silu_mul": 2.0}
 
 
 def test_an_arm_whose_own_stock_cannot_run_is_invalid(bench):

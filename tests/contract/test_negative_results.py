@@ -96,7 +96,7 @@ def test_a_negative_result_that_wins_is_not_shipped():
     assert shipping.enable == ("silu_mul",)
     assert "negative result" in shipping.not_enabled["merged_lora"]
     assert decide(records[:2]).enable == ()
-    assert combination([], Config()) is None
+    assert combination({}, Config()) is None
 
 
 # merged_lora
