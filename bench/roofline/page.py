@@ -124,14 +124,15 @@ def _products(step: Step, ceilings: Ceilings) -> str:
 
 
 def _arms(step: Step, ceilings: Ceilings, records: Sequence[Record]) -> str:
-    """Every timed arm of this setting, a peer among them, beside the floor."""
+    """Every timed arm of this setting beside the floor; a peer, which is timed whatever its verdict, with that."""
     timed = [record for record in records if record.perf is not None and setting_of(record) == step.setting]
     if not timed:
         return ""
     floor = step.floor_us(ceilings) / 1e3
     rows = [
         (
-            code(record.arm), number(record.perf.micro_step_ms, 4), per_second(record.perf.positions_per_s),
+            code(record.arm) + (f" (peer, {record.verdict.level.value})" if record.role == "peer" else ""),
+            number(record.perf.micro_step_ms, 4), per_second(record.perf.positions_per_s),
             percent(floor / record.perf.micro_step_ms),
         )
         for record in sorted(timed, key=lambda record: record.perf.micro_step_ms)

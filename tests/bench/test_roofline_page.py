@@ -236,11 +236,16 @@ def test_every_row_has_as_many_cells_as_its_header():
             assert len({len(re.split(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1, block
 
 
-def test_arms_stand_beside_the_floor_fastest_first():
+def test_arms_stand_beside_the_floor_fastest_first_and_peers_with_their_verdict():
     floor = step_of(SETTING).floor_us(RATES) / 1e3
-    rows = cells(device_page([*run(), arm("peft_fla", 100.0, 5_000, role="peer")]), "## What the arms reach")
-    assert [row[0] for row in rows][:3] == ["`peft_fla`", "`all`", "`keep_activations`"]
-    assert rows[1][3] == f"{floor / 150 * 100:.1f} %"
+    peers = [
+        arm("peft_fla", 100.0, 5_000, role="peer", verdict=Verdict(Level.FAILED, "leaks")),
+        arm("peft", 140.0, 5_000, role="peer"),
+    ]
+    rows = cells(device_page([*run(), *peers]), "## What the arms reach")
+    names = ["`peft_fla` (peer, FAILED)", "`peft` (peer, ROUNDING)", "`all`", "`keep_activations`"]
+    assert [row[0] for row in rows][:4] == names
+    assert rows[2][3] == f"{floor / 150 * 100:.1f} %"
 
 
 def test_the_error_is_stated_arm_by_arm_and_over_all():
