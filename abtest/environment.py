@@ -37,8 +37,9 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _dirty() -> bool | None:
-    """Whether tracked files outside reports/ differ from the commit; None where there is no git."""
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports")
+    """Whether tracked files that can change a measurement differ from the commit; None where there is no git. reports/ and
+    README.md can't: every rendering of reports writes to both."""
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports", ":!README.md")
     return None if status is None else bool(status)
 
 

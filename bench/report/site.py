@@ -8,7 +8,19 @@ from pathlib import Path
 from abtest.report import site
 from abtest.report.site import write
 from bench.records import Record
-from bench.report import cross_compile, index, micro_page, overview, pages, plots, profile_page, search_page, shipping
+from bench.report import (
+    cross_compile,
+    headline,
+    index,
+    micro_page,
+    overview,
+    pages,
+    plots,
+    profile_page,
+    readme,
+    search_page,
+    shipping,
+)
 from bench.report.devices import Device, Setting, load
 from bench.report.text import page_name, prose
 from bench.roofline import device_page as roofline_page
@@ -23,19 +35,20 @@ def render(data_dir: Path, out_dir: Path) -> list[Path]:
     /micro, /profile and /search, to `out_dir`.
 
     The files are a function of the records alone. A file that already says the same is left as it is, and a file that an
-    earlier rendering made and no record explains any more is removed. Returns the report's files, relative to `out_dir`,
-    sorted. Raises UserError for a record that is not valid, naming file and line; nothing is written then.
+    earlier rendering made and no record explains any more is removed. README.md beside the repository's own `out_dir` gets
+    its table. Returns the report's files, relative to `out_dir`, sorted. Raises UserError for a record that is not valid,
+    naming file and line; nothing is written then.
     """
-    return write(files(data_dir), out_dir, PATTERNS)
+    return write(files(data_dir, out_dir), out_dir, PATTERNS)
 
 
 def differences(data_dir: Path, out_dir: Path) -> list[str]:
     """The report's files in `out_dir` that are missing, differ from what the records say, or have no record, with which."""
-    return site.differences(files(data_dir), out_dir, PATTERNS)
+    return site.differences(files(data_dir, out_dir), out_dir, PATTERNS)
 
 
-def files(data_dir: Path) -> dict[Path, bytes]:
-    """Every file of the report and its bytes, in memory."""
+def files(data_dir: Path, out_dir: Path) -> dict[Path, bytes]:
+    """Every file of the report in `out_dir` and its bytes, in memory."""
     devices = [(device, [shipping.decide(setting.run) for setting in device.settings]) for device in load(data_dir)]
     content, compiled, micro = site.files(data_dir), cross_compile.files(data_dir), micro_page.files(data_dir)
     profiles, searched = profile_page.files(data_dir), search_page.files(data_dir)
@@ -45,6 +58,9 @@ def files(data_dir: Path) -> dict[Path, bytes]:
     )  # fmt: skip
     content |= compiled | micro | profiles | searched
     content[Path("README.md")] = start.encode("utf-8", "replace")
+    found = headline.pairs(devices)
+    content[Path("headline.json")] = headline.to_json(found).encode()
+    content |= readme.files(out_dir, headline.markdown(found))
     for device, decisions in devices:
         if device.slug == data_dir.name:
             raise UserError(f"{data_dir / device.slug}: a device can't have the name of the records' folder")

@@ -12,7 +12,7 @@ from bench import micro_records
 from bench.cross_compile.records import load
 from bench.profile import records as profile_records
 from bench.records import read
-from bench.report import differences
+from bench.report import differences, readme
 from bench.report.devices import NO_DEVICES
 from bench.search import trials
 from kernels.cross_compile import TARGETS
@@ -22,9 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> Path:
-    """reports/ as it was committed."""
+    """reports/ as it was committed, README.md beside it."""
     try:
-        archive = subprocess.run(["git", "archive", "HEAD", "reports"], cwd=ROOT, capture_output=True, check=True).stdout
+        archive = subprocess.run(
+            ["git", "archive", "HEAD", "reports", "README.md"], cwd=ROOT, capture_output=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no git checkout: nothing says what was committed")
     folder = tmp_path_factory.mktemp("committed")
@@ -33,7 +35,9 @@ def reports(tmp_path_factory) -> Path:
     return folder / "reports"
 
 
-def test_rendering_the_committed_records_changes_nothing(reports):
+def test_rendering_the_committed_records_changes_nothing(reports, monkeypatch):
+    monkeypatch.setattr(readme, "ROOT", reports.parent)
+    assert readme.with_table((reports.parent / "README.md").read_text(encoding="utf-8"), "") is not None
     assert differences(reports / "data", reports) == []
 
 
