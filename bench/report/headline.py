@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.records import Perf, Record
+from bench.records import Record
 from bench.report.devices import Device, Setting
 from bench.report.settings import Trained
 from bench.report.shipping import Shipping
-from bench.report.text import NOTHING, code, per_second, percent, prose, ratio, table
+from bench.report.text import NOTHING, code, per_second, percent, prose, ratio, sound, table
 from bench.roofline.page import ceilings_of
 from bench.roofline.setting import setting_of
 from bench.roofline.step import step_of
@@ -95,7 +95,7 @@ def pairs(devices: Iterable[tuple[Device, Sequence[Shipping]]]) -> list[Pair]:
     for device, decisions in devices:
         for setting, decision in zip(device.settings, decisions, strict=True):
             peer = max(_peers(setting), key=lambda record: record.perf.real_tokens_per_s, default=None)
-            if decision.basis is not None and _sound(decision.basis.perf) and peer is not None:
+            if decision.basis is not None and sound(decision.basis.perf) and peer is not None:
                 page = "/".join(part for part in (device.slug, device.path(setting), "README.md") if part)
                 found.append(Pair(device.name, page, setting.trained, decision.basis, peer))
     return found
@@ -105,16 +105,8 @@ def _peers(setting: Setting) -> Iterator[Record]:
     """Timed, and beside the stock that is everybody's: a ratio to stock of another recipe is of another thing."""
     for record in setting.current:
         stock = setting.stock_of(record)
-        if record.role == "peer" and _sound(record.perf) and (stock is None or stock.recipe == record.recipe):
+        if record.role == "peer" and sound(record.perf) and (stock is None or stock.recipe == record.recipe):
             yield record
-
-
-def _sound(perf: Perf | None) -> bool:
-    """Whether there is a time, of numbers that may be divided by."""
-    if perf is None:
-        return False
-    values = (perf.real_tokens_per_s, perf.micro_step_ms, perf.ratio, perf.ratio_low, perf.ratio_high)
-    return all(math.isfinite(value) and value > 0 for value in values)
 
 
 def matrix_floor_fraction(record: Record) -> float | None:

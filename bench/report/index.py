@@ -38,7 +38,7 @@ def index_page(
         "\n[Microbenchmarks](micro/README.md): each optimization's op alone, and how near it is to what the device can do.\n"
     )
     where = "\n[Profiles](profile/README.md): where the time and the memory of a step go.\n"
-    sets = "\n[Searches](search/README.md): how the fastest set was found, and what each of its members is worth in it.\n"
+    sets = "\n[Searches](search/README.md): from stock to the fastest set, what each member is worth and how it was found.\n"
     pages = ((gate, gated), (code_of, compiled), (alone, micro), (where, profiled), (sets, searched))
     others = "".join(words for words, there in pages if there)
     words = legend(record for device, _ in devices for setting in device.settings for record in setting.current)

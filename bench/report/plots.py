@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,12 +16,16 @@ from bench import records
 from bench.records import Record
 from bench.report import text
 
-__all__ = ["DIGEST", "is_ours", "loss_plot", "ratio_plot", "same_image", "waterfall"]
+__all__ = [
+    "COLORS", "DIGEST", "Floating", "change_color", "floating", "is_ours", "loss_plot", "ratio_plot", "same_image",
+    "waterfall",
+]  # fmt: skip
 
 COLORS = {
     "ships": GOOD, "optimization": "#7a93ac", "negative": "#b7a6b0", "combination": "#4a6785", "peer": "#c9a66b",
     "repeat": "#c9ced6",
 }  # fmt: skip
+INK, LINE = "#30343b", "#8a8f98"  # of error bars, from one bar of a waterfall to the next
 NOTES = {"peer": "  (peer)", "negative": "  (negative result)", "repeat": "  (the reference against itself)"}
 
 
@@ -57,7 +62,7 @@ def _draw_bars(axes: Axes, timed: Sequence[Record], shipped: Record | None) -> N
     errors = np.maximum([ratios - low, high - ratios], 0)
     axes.barh(
         range(len(timed)), ratios, xerr=errors, height=0.62, color=[COLORS[role] for role in roles],
-        error_kw={"ecolor": "#30343b", "capsize": 3, "elinewidth": 1.2},
+        error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1.2},
     )  # fmt: skip
     end = max(1.0, *high, *ratios)
     for row, (record, edge) in enumerate(zip(timed, np.maximum(high, ratios), strict=True)):
@@ -76,35 +81,68 @@ def _draw_bars(axes: Axes, timed: Sequence[Record], shipped: Record | None) -> N
     axes.set_axisbelow(True)
 
 
+@dataclass(frozen=True)
+class Floating:
+    """A bar of a waterfall, from `start` to `end`. interval: where its end may lie."""
+
+    words: str
+    start: float
+    end: float
+    color: str
+    note: str
+    interval: tuple[float, float] | None = None
+
+    @property
+    def left(self) -> float:
+        return min(self.start, self.end, *(self.interval or ()))
+
+    @property
+    def right(self) -> float:
+        return max(self.start, self.end, *(self.interval or ()))
+
+
 def waterfall(steps: Sequence[tuple[str, float]], device: str) -> bytes:
     """Time of a micro-step as a share of stock's, from stock through `steps` to what they lead to, as a PNG. A step is what
     changed and the ratio of times before and after it."""
-    times = np.cumprod([100.0, *(1 / ratio for _, ratio in steps)])
+    times = np.cumprod([100.0, *(1 / ratio for _, ratio in steps)]).tolist()
+    bars = [Floating("stock", 0.0, times[0], COLORS["peer"], "100 %")]
+    for (words, ratio), before, after in zip(steps, times, times[1:], strict=False):
+        bars.append(Floating(words, before, after, change_color(before, after), f"{ratio:.3f}x"))
+    bars.append(Floating("the best set", 0.0, times[-1], COLORS["ships"], f"{times[-1]:.1f} %"))
+    return floating(bars, f"From stock to the best set on {device}", "time of a micro-step, % of stock's (lower is faster)")
+
+
+def change_color(before: float, after: float) -> str:
+    """Of a step from one time to another."""
+    return COLORS["optimization"] if after <= before else ALARM
+
+
+def floating(bars: Sequence[Floating], title: str, unit: str) -> bytes:
+    """Bars below one another, the first on top, as a PNG."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.set_title(label(f"From stock to the best set on {device}", 80))
-        _draw_waterfall(axes, steps, times)
-        axes.set_xlabel("time of a micro-step, % of stock's (lower is faster)")
+        axes.set_title(label(title, 80))
+        _draw_floating(axes, bars)
+        axes.set_xlabel(unit)
 
-    shown = ["waterfall", device, *(f"{words}: {ratio!r}" for words, ratio in steps)]
-    return png(draw, (8.0, 1.7 + 0.42 * (len(steps) + 2)), shown)
+    return png(draw, (8.0, 1.7 + 0.42 * len(bars)), ["waterfall", title, unit, *map(repr, bars)])
 
 
-def _draw_waterfall(axes: Axes, steps: Sequence[tuple[str, float]], times: np.ndarray) -> None:
-    """Stock on top, then what each step took away or added, then what is left."""
-    rows = [("stock", 0.0, times[0], COLORS["peer"], "100 %")]
-    for (words, ratio), before, after in zip(steps, times, times[1:], strict=False):
-        color = COLORS["optimization"] if after <= before else ALARM
-        rows.append((words, min(before, after), abs(before - after), color, f"{ratio:.3f}x"))
-    rows.append(("the best set", 0.0, times[-1], COLORS["ships"], f"{times[-1]:.1f} %"))
-    end = max(times)
-    for row, (_, start, width, color, words) in enumerate(rows):
-        axes.barh(row, width, left=start, height=0.62, color=color)
-        axes.text(start + width + 0.012 * end, row, words, va="center", fontsize=9)
-    axes.set_yticks(range(len(rows)), [label(row[0], 44) for row in rows])
-    axes.set_xlim(0, end * 1.25)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+def _draw_floating(axes: Axes, bars: Sequence[Floating]) -> None:
+    left, right = min(0.0, *(bar.left for bar in bars)), max(bar.right for bar in bars)
+    left -= 0.02 * (right - left) if left < 0 else 0.0
+    for row, bar in enumerate(bars):
+        axes.barh(row, abs(bar.end - bar.start), left=min(bar.start, bar.end), height=0.62, color=bar.color)
+        if bar.interval is not None:
+            errors = np.maximum([[bar.end - bar.interval[0]], [bar.interval[1] - bar.end]], 0)
+            axes.errorbar(bar.end, row, xerr=errors, ecolor=INK, capsize=3, elinewidth=1.2)
+        if row < len(bars) - 1:  # down to where the next one begins
+            axes.vlines(bar.end, row + 0.31, row + 0.69, color=LINE, lw=0.8)
+        axes.text(bar.right + 0.012 * (right - left), row, bar.note, va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), [label(bar.words, 44) for bar in bars])
+    axes.set_xlim(left, left + (right - left) * 1.3)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.set_axisbelow(True)

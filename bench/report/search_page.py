@@ -1,4 +1,4 @@
-"""The page of searches, from reports/data/search alone: the way to each setting's fastest set, and its members' gains."""
+"""The page of searches: the way to each setting's fastest set, its members' gains, and the waterfall from stock to it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from abtest.markdown import folded
-from bench.report import plots
+from bench.report import plots, waterfall
 from bench.report.settings import Trained, folder_names, trained
 from bench.report.text import MARK, NOTHING, code, memory, names, number, per_second, prose, ratio, setting_words, table
+from bench.report.waterfall import Answers, Waterfall, gain_words
 from bench.search import trials
 from bench.search.trials import LEAVE_ONE_OUT, Set, Trial
 
@@ -66,6 +67,11 @@ class Way:
         return min(unneeded, key=lambda trial: trial.gain[0], default=None)
 
     @property
+    def is_measured(self) -> bool:
+        """Whether the set that came last is the answer, and was timed without each of its members."""
+        return bool(self.left_out) and self.dropped is None
+
+    @property
     def bests(self) -> list[Set]:
         """The best sets, one after another."""
         found = list(dict.fromkeys(trial.against for trial in self.trials))
@@ -85,9 +91,9 @@ class Way:
         return [Step(one, other, found.get((one, other))) for one, other in pairwise(sets)]
 
 
-def files(data_dir: Path) -> dict[Path, bytes]:
-    """The page and its plots, relative to the folder of reports, and their bytes; empty where nothing was searched. Raises
-    UserError naming file and line for a trial that is not valid."""
+def files(data_dir: Path, answers: Answers) -> dict[Path, bytes]:
+    """The page and its plots, relative to the folder of reports, and their bytes; empty where nothing was searched. answers:
+    the gated and timed records of searches' answers. Raises UserError naming file and line for a trial that is not valid."""
     sections, content = [f"<!-- {MARK} -->\n# Searches", WHAT], {}
     devices = trials.load(data_dir)
     for slug in sorted(devices):
@@ -95,10 +101,15 @@ def files(data_dir: Path) -> dict[Path, bytes]:
         name = str(devices[slug][-1].environment.get("device") or slug)
         sections.append(f"## {prose(name)}")
         for folder, way in zip(folder_names(list(ways)), ways.values(), strict=True):
-            image = f"{slug}-{folder}.png"
+            image, members = f"{slug}-{folder}.png", f"{slug}-{folder}.members.png"
             if way.steps:
                 content[FOLDER / image] = plots.waterfall([(_words(step), step.ratio) for step in way.steps], name)
-            sections += _section(way, image if way.steps else None)
+            answer = answers.get((slug, way.newest.run_id, way.newest.against))
+            fall = Waterfall(answer, way.left_out) if way.is_measured and answer is not None else None
+            if fall is not None:
+                content[FOLDER / members] = waterfall.picture(fall, name)
+            shown = [_no_waterfall(way)] if fall is None else waterfall.section(fall, members)
+            sections += _section(way, shown, image if way.steps else None)
     if devices:
         page = "\n\n".join((*sections, "[All reports](../README.md)")) + "\n"
         content[FOLDER / "README.md"] = page.encode("utf-8", "replace")
@@ -119,18 +130,23 @@ def _newest(found: Sequence[Trial]) -> Way:
     return Way(tuple(same))
 
 
-def _section(way: Way, image: str | None) -> list[str]:
+def _section(way: Way, fall: Sequence[str], image: str | None) -> list[str]:
     gains = way.left_out
     return [
         f"### {setting_words(way.newest) or NOTHING}",
         _headline(way),
-        f"![Time of a micro-step from stock to the best set, step by step]({image})" if image else "",
+        *fall,
         *(["#### What each member is worth", _gains(gains), GAINS_LEGEND] if gains else []),
         "#### The way there",
+        f"![Time of a micro-step from stock to the best set, step by step]({image})" if image else "",
         _path(way),
         PATH_LEGEND,
         _source(way),
     ]
+
+
+def _no_waterfall(way: Way) -> str:
+    return waterfall.NO_TIME if way.is_measured else waterfall.NO_LEAVE_ONE_OUT
 
 
 def _headline(way: Way) -> str:
@@ -164,10 +180,9 @@ def _gain_row(trial: Trial) -> tuple[str, ...]:
     timing, name = trial.timing, code(trial.left_out[0])
     if trial.gain is None:
         return (name, *[NOTHING] * 5, f"yes: without it the rest does not run: {prose(timing.why)}")
-    gain, low, high = trial.gain
     used = [memory(value) for value in (timing.peak_memory_bytes, timing.against_peak_memory_bytes)]
     launches = NOTHING if timing.launches is None else f"{timing.launches:,}"
-    return name, f"{gain:.3f}x [{low:.3f}, {high:.3f}]", per_second(timing.real_tokens_per_s), *used, launches, _stays(trial)
+    return name, gain_words(trial.gain), per_second(timing.real_tokens_per_s), *used, launches, _stays(trial)
 
 
 def _stays(trial: Trial) -> str:

@@ -20,6 +20,7 @@ from bench.report import (
     readme,
     search_page,
     shipping,
+    waterfall,
 )
 from bench.report.devices import Device, Setting, load
 from bench.report.text import page_name, prose
@@ -51,7 +52,7 @@ def files(data_dir: Path, out_dir: Path) -> dict[Path, bytes]:
     """Every file of the report in `out_dir` and its bytes, in memory."""
     devices = [(device, [shipping.decide(setting.run) for setting in device.settings]) for device in load(data_dir)]
     content, compiled, micro = site.files(data_dir), cross_compile.files(data_dir), micro_page.files(data_dir)
-    profiles, searched = profile_page.files(data_dir), search_page.files(data_dir)
+    profiles, searched = profile_page.files(data_dir), search_page.files(data_dir, waterfall.answers(devices))
     start = index.index_page(
         devices, gated=bool(content), compiled=bool(compiled), micro=bool(micro), profiled=bool(profiles),
         searched=bool(searched),

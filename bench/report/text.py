@@ -28,8 +28,8 @@ from bench.records import Perf, Record
 
 __all__ = [
     "MARK", "NOTHING", "RESERVED", "code", "dtype", "facts", "launches_saved", "link", "memory", "names", "number",
-    "one_line", "page_name", "per_second", "percent", "prose", "ratio", "scalar", "setting_words", "shell", "table",
-    "timed_all_the_same",
+    "one_line", "page_name", "per_second", "percent", "prose", "ratio", "scalar", "setting_words", "shell", "sound",
+    "table", "timed_all_the_same",
 ]  # fmt: skip
 
 
@@ -40,6 +40,14 @@ def ratio(perf: Perf) -> str:
     decimals = min(4, max(2, math.ceil(-math.log10(distance))))
     middle, low, high = (f"{value:.{decimals}f}" for value in values)
     return f"{middle}x [{low}, {high}]"
+
+
+def sound(perf: Perf | None) -> bool:
+    """Whether there is a time, of numbers that may be divided by."""
+    if perf is None:
+        return False
+    values = (perf.real_tokens_per_s, perf.micro_step_ms, perf.ratio, perf.ratio_low, perf.ratio_high)
+    return all(math.isfinite(value) and value > 0 for value in values)
 
 
 def timed_all_the_same(record: Record) -> bool:
