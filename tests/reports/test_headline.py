@@ -197,6 +197,7 @@ def test_reports_elsewhere_leave_the_readme_alone(repository, tmp_path):
     elsewhere = tmp_path / "elsewhere" / "reports"
     render(write(elsewhere, stock(), shipped(), peer()), elsewhere)
     assert len(entries(elsewhere)) == 1 and (repository / "README.md").read_bytes() == before
+    assert not (elsewhere.parent / "README.md").exists()
     assert differences(elsewhere / "data", elsewhere) == []
 
 
