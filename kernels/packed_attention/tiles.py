@@ -32,9 +32,9 @@ class Plan:
 
 
 # By head width, padded. wgmma gives each group of four warps 64 rows. The widest heads have one group forward and in dq, and
-# few keys at a time, so that several programs share a multiprocessor. In dk and dv they have two groups, which share out the
-# columns of both sums and each compute all scores of 64 keys. Both were faster on an H200 than blocks of 128 and a pass for
-# each gradient, though dq and dk and dv spill. Narrower heads' tiles are estimates.
+# few keys at a time: forward two programs then share a multiprocessor. In dk and dv they have two groups, which share out
+# the columns of both sums and each compute all scores of 64 keys. Both were faster on an H200 than blocks of 128 and a pass
+# for each gradient, though dq and dk and dv spill. Narrower heads' tiles are estimates.
 HOPPER = {
     256: Plan(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), {"dkdv": Tile(64, 64, 8, 2)}),
     128: Plan(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), {"dkdv": Tile(64, 128, 8, 2)}),
