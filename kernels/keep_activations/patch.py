@@ -1,4 +1,4 @@
-"""Turns recomputation off in the model's layers."""
+"""Turns recomputation off in the model's layers, and the gradient of the first one's input that it asked for."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def eligible(run: Run) -> str | None:
 
 def apply(run: Run) -> None:
     run.model.gradient_checkpointing_disable()
+    run.model.disable_input_require_grads()  # a hook on the embeddings: frozen ones have no use for their output's gradient
 
 
 def _checkpointed(run: Run) -> bool:

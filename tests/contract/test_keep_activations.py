@@ -72,6 +72,19 @@ def test_no_bit_changes_and_each_layer_runs_once(model, dropout):
     assert any(bool(gradient.any()) for gradient in kept[1:-1])
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen embeddings", "trained embeddings"])
+def test_only_trained_embeddings_ask_for_a_gradient(trained):
+    run, asked = run_of("llama-tiny"), []
+    run.model.get_input_embeddings().weight.requires_grad_(trained)
+    run.model.get_decoder().layers[0].register_forward_pre_hook(lambda layer, given: asked.append(given[0].requires_grad))
+    outcome(run, batch_of(5, 8))
+    assert set(asked) == {True}
+    asked.clear()
+    apply(run)
+    outcome(run, batch_of(5, 8))
+    assert asked == [trained]
+
+
 def test_says_so_where_nothing_is_recomputed():
     run = run_of("llama-tiny", checkpointing=False)
     assert eligible(run) == "the run recomputes nothing: gradient checkpointing is off"
