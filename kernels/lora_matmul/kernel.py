@@ -9,7 +9,9 @@ For projections i of one x [T, in], with W_i [out_i, in], A_i [rank_i, in], B_i 
     dA = [g_1 g_2 ...]^T x              one skinny product for all
     dB_i = s_i dy_i^T h_i
 
-In fp32 each projection has skinny products of its own. B A [out, in] is never formed; the frozen W gets no gradient.
+Narrow frozen projections P_j [out_j, in] of the same x, which have no adapter, are more rows of A to h and dx: x P_j^T is a
+part of h, dy_j one of g. In fp32 each projection has skinny products of its own. B A [out, in] is never formed; the frozen W
+and P get no gradient.
 """
 
 from __future__ import annotations
@@ -33,61 +35,67 @@ def lora_matmul(
     b: Sequence[Tensor],
     scalings: Sequence[float],
     adapted: Tensor | None = None,
+    plain: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
-    """x W_i^T + bias_i + s_i (adapted A_i^T) B_i^T for every i.
+    """x W_i^T + bias_i + s_i (adapted A_i^T) B_i^T for every i, then x P_j^T for every P_j of plain.
 
     x [..., in]; weights [out_i, in] and biases [out_i] or None, both frozen; a [rank_i, in]; b [out_i, rank_i]; one
-    floating dtype and device, any strides. adapted [..., in]: what the adapters see instead of x, an x with dropout.
-    Returns contiguous [..., out_i]. Differentiable once in x, adapted, a and b; weights and biases get no gradient.
+    floating dtype and device, any strides. adapted [..., in]: what the adapters see instead of x, an x with dropout. plain:
+    weights [out_j, in] of frozen projections without adapters, small beside x. Returns contiguous [..., out_i] and
+    [..., out_j]. Differentiable once in x, adapted, a and b; weights, biases and plain get no gradient. Raises ValueError
+    for adapted and plain together.
     """
+    if plain and adapted is not None:
+        raise ValueError("lora_matmul: plain projections see x, which adapters with an input of their own do not")
     rows = _rows(x)
     seen = None if adapted is None else _rows(adapted)
-    outputs = _LoraMatmul.apply(tuple(scalings), rows, seen, *weights, *biases, *a, *b)
+    outputs = _LoraMatmul.apply(tuple(scalings), rows, seen, *weights, *biases, *a, *b, *plain)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 class _LoraMatmul(torch.autograd.Function):
-    """On rows: x and adapted [T, in], outputs [T, out_i]."""
+    """On rows: x and adapted [T, in], outputs [T, out_i] and [T, out_j]."""
 
     @staticmethod
     def forward(ctx, scalings: tuple[float, ...], x: Tensor, adapted: Tensor | None, *rest: Tensor | None):
-        weights, biases, a, b = _in_four(rest)
-        seen, h = x if adapted is None else adapted, []
-        for group in _bundles(a, x.dtype):
-            h += (seen @ _joined(group, dim=0).t()).split([len(matrix) for matrix in group], dim=1)  # [T, rank_i] each
+        weights, biases, a, b, plain = _in_five(rest, len(scalings))
+        h = _skinny(x if adapted is None else adapted, [*a, *plain])
+        h, narrow = h[: len(a)], h[len(a) :]
         outputs = []
         for weight, bias, own_h, own_b, scaling in zip(weights, biases, h, b, scalings, strict=True):
             outputs.append(F.linear(x, weight, bias).addmm_(own_h, own_b.t(), alpha=scaling))
         ctx.scalings = scalings
-        ctx.save_for_backward(x, adapted, *weights, *a, *b, *h)
+        ctx.save_for_backward(x, adapted, *weights, *a, *b, *h, *plain)
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return *outputs, *(y.contiguous() for y in narrow)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dy: Tensor | None):
+        count = len(ctx.scalings)
         x, adapted, *rest = ctx.saved_tensors
         _, needs_x, needs_adapted, *needs = ctx.needs_input_grad
-        _, _, needs_a, needs_b = _in_four(needs)
-        parts = zip(dy, *_in_four(rest), ctx.scalings, needs_a, needs_b, strict=True)
+        *held, plain = _in_five(rest, count)
+        _, _, needs_a, needs_b, _ = _in_five(needs, count)
+        parts = zip(dy[:count], *held, ctx.scalings, needs_a, needs_b, strict=True)
         used = [_Part(index, *part) for index, part in enumerate(parts) if part[0] is not None]
-        seen, dx, d_adapted, da, db = x if adapted is None else adapted, None, None, [None] * len(dy), [None] * len(dy)
+        narrow = [_Narrow(*part) for part in zip(dy[count:], plain, strict=True) if needs_x and part[0] is not None]
+        seen, dx, d_adapted, da, db = x if adapted is None else adapted, None, None, [None] * count, [None] * count
         if needs_x:
             for part in used:
                 dx = _plus(dx, part.dy, part.weight)
-        for group in _bundles(used, x.dtype):
-            g = _joined([part.g() for part in group], dim=1)  # [T, ranks]
+        for group in _bundles([*used, *narrow], x.dtype):
+            g = _joined([part.g() for part in group], dim=1)  # [T, ranks and narrow outputs]
             a = _joined([part.a for part in group], dim=0)
             if adapted is None:
                 dx = _plus(dx, g, a) if needs_x else None
             elif needs_adapted:
                 d_adapted = _plus(d_adapted, g, a)
-            if any(part.needs_a for part in group):
-                for part, own in zip(group, (g.t() @ seen).split([len(part.a) for part in group]), strict=True):
-                    da[part.index] = own
+            for part, own in _gradients_of_a([part for part in group if isinstance(part, _Part)], g, seen):
+                da[part.index] = own
         for part in used:
             db[part.index] = part.db() if part.needs_b else None
-        return None, dx, d_adapted, *[None] * (2 * len(dy)), *da, *db
+        return None, dx, d_adapted, *[None] * (2 * count), *da, *db, *[None] * len(plain)
 
 
 class _Part(NamedTuple):
@@ -111,8 +119,35 @@ class _Part(NamedTuple):
         return torch.addmm(self.b, self.dy.t(), self.h, beta=0, alpha=self.scaling)
 
 
+class _Narrow(NamedTuple):
+    """A projection without an adapter in the backward: dy [T, out], and its weight [out, in] where others have a."""
+
+    dy: Tensor
+    a: Tensor
+
+    def g(self) -> Tensor:
+        return self.dy
+
+
+def _gradients_of_a(parts: Sequence[_Part], g: Tensor, seen: Tensor) -> list[tuple[_Part, Tensor]]:
+    """dA of each part, whose g are the first columns of the given one; of none where nobody needs it."""
+    if not any(part.needs_a for part in parts):
+        return []
+    ranks = [len(part.a) for part in parts]
+    return list(zip(parts, (g[:, : sum(ranks)].t() @ seen).split(ranks), strict=True))
+
+
+def _skinny(seen: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """seen [T, in] times each of the matrices [n_i, in], transposed: [T, n_i]."""
+    products = []
+    for group in _bundles(matrices, seen.dtype):
+        product = seen @ _joined(group, dim=0).t()
+        products += product.split([len(matrix) for matrix in group], dim=1) if len(group) > 1 else [product]
+    return products
+
+
 def _bundles(items: Sequence, dtype: torch.dtype) -> list[Sequence]:
-    """Which adapters share their skinny products: all, but in fp32 each has its own.
+    """Which adapters and narrow projections share their skinny products: all, but in fp32 each has its own.
 
     There the length of a sum and the order in which a BLAS takes it show in the result; in bf16 they drown in its rounding.
     """
@@ -129,10 +164,10 @@ def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
-def _in_four(items: Sequence) -> list[Sequence]:
-    """Four equal parts: what belongs to the weights, the biases, A and B; or in backward to the weights, A, B and h."""
-    count = len(items) // 4
-    return [items[start : start + count] for start in range(0, len(items), count)]
+def _in_five(items: Sequence, count: int) -> list[Sequence]:
+    """What belongs to the weights, the biases, A and B (or in backward to the weights, A, B and h), `count` each; and to the
+    narrow projections."""
+    return [*(items[start : start + count] for start in range(0, 4 * count, count)), items[4 * count :]]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -159,10 +194,44 @@ class FusedLora(nn.Module):
     def drops(self) -> bool:
         return self.training and self.dropout > 0
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the output is made of besides x."""
+        base = self.base_layer
+        own = (base.weight, self.lora_A.weight, self.lora_B.weight)
+        return own if base.bias is None else (*own, base.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.drops:  # its own mask, drawn when it is called, as PEFT does
-            return _together([self], x, F.dropout(x, self.dropout))[0]
-        return _together([self], x)[0] if self.shared is None else self.shared.output(self, x)
+        return self.alone(x) if self.drops or self.shared is None else self.shared.output(self, x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """A node of its own; its mask, if it drops, is drawn here, when it is called, as PEFT does."""
+        return _together([self], [], x, F.dropout(x, self.dropout) if self.drops else None)[0]
+
+
+class SharingLinear(nn.Linear):
+    """A narrow frozen projection without an adapter and without a bias, as a member of a `SharedInput`: x [..., in] ->
+    [..., out]."""
+
+    drops = False
+
+    def __init__(self, original: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(original.__dict__)  # the parameter and plain attributes alike: names stay
+        self.shared: SharedInput | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alone(x) if self.shared is None else self.shared.output(self, x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+Member = FusedLora | SharingLinear
 
 
 class SharedInput:
@@ -173,23 +242,28 @@ class SharedInput:
     kept, so in a model that calls every member no graph outlives the layer's forward.
     """
 
-    def __init__(self, members: Sequence[FusedLora]) -> None:
-        self.members = tuple(members)
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.adapted = tuple(member for member in members if isinstance(member, FusedLora))
+        self.plain = tuple(member for member in members if isinstance(member, SharingLinear))
         for member in self.members:
             member.shared = self
         self.input: Tensor | None
         self.key: tuple | None
-        self.waiting: dict[FusedLora, Tensor]
+        self.waiting: dict[Member, Tensor]
         self._forget()
 
-    def output(self, member: FusedLora, x: Tensor) -> Tensor:
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return (*self.adapted, *self.plain)
+
+    def output(self, member: Member, x: Tensor) -> Tensor:
         """What `member` makes of x."""
         if any(other.drops for other in self.members) or x.is_inference():
-            return _together([member], x)[0]
+            return member.alone(x)
         key = self._key(x)
         if self.input is not x or self.key != key or member not in self.waiting:
             self._forget()  # first: what comes may need the memory, or fail
-            outputs = _together(self.members, x)
+            outputs = _together(self.adapted, self.plain, x)
             self.input, self.key, self.waiting = x, key, dict(zip(self.members, outputs, strict=True))
         own = self.waiting.pop(member)
         if not self.waiting:
@@ -201,25 +275,22 @@ class SharedInput:
 
     def _key(self, x: Tensor) -> tuple:
         """What must not change between the calls: gradients on or off, and the contents of x and of every weight."""
-        held = (weight for member in self.members for weight in _tensors_of(member))
-        return torch.is_grad_enabled(), x._version, *((id(weight), weight._version) for weight in held)
+        held = (tensor for member in self.members for tensor in member.tensors)
+        return torch.is_grad_enabled(), x._version, *((id(tensor), tensor._version) for tensor in held)
 
 
-def _tensors_of(member: FusedLora) -> tuple[Tensor, ...]:
-    base = member.base_layer
-    own = (base.weight, member.lora_A.weight, member.lora_B.weight)
-    return own if base.bias is None else (*own, base.bias)
-
-
-def _together(members: Sequence[FusedLora], x: Tensor, adapted: Tensor | None = None) -> tuple[Tensor, ...]:
+def _together(
+    adapted: Sequence[FusedLora], plain: Sequence[SharingLinear], x: Tensor, dropped: Tensor | None = None
+) -> tuple[Tensor, ...]:
     return lora_matmul(
         x,
-        [member.base_layer.weight for member in members],
-        [member.base_layer.bias for member in members],
-        [member.lora_A.weight for member in members],
-        [member.lora_B.weight for member in members],
-        [member.scaling for member in members],
-        adapted,
+        [member.base_layer.weight for member in adapted],
+        [member.base_layer.bias for member in adapted],
+        [member.lora_A.weight for member in adapted],
+        [member.lora_B.weight for member in adapted],
+        [member.scaling for member in adapted],
+        dropped,
+        [member.weight for member in plain],
     )
 
 

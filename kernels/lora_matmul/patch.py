@@ -1,4 +1,4 @@
-"""Swaps PEFT's LoRA layers for fused ones, and joins those that share an input."""
+"""Swaps PEFT's LoRA layers for fused ones, and joins those that share an input with each other and with frozen ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import nn
 
 from loop.lora import Adapter, adapters
 
-from .kernel import FusedLora, SharedInput
+from .kernel import FusedLora, Member, SharedInput, SharingLinear
 
 if TYPE_CHECKING:
     from loop.run import Run
 
+NARROW_COLUMNS = 128  # of a frozen projection, at most: its weight is copied beside the adapters' at every call
 # Projections that the models' attention, MLP and gated-delta layers call with one and the same tensor, in turn. That they do
 # is what makes sharing pay; where they do not, every call is computed for what it is given.
 SHARE_AN_INPUT = (
@@ -36,26 +37,55 @@ def eligible(run: Run) -> str | None:
 
 
 def apply(run: Run) -> None:
-    """Replaces them. The parameters stay the same objects: optimizer, names and files do not notice."""
-    members: dict[str, FusedLora] = {}
+    """Replaces them, and the narrow frozen projections beside them. The parameters stay the same objects: optimizer, names
+    and files do not notice."""
+    members: dict[str, Member] = {}
     for adapter in peft_adapters(run.model):
-        parent, _, attribute = adapter.name.rpartition(".")
-        layer = FusedLora(adapter.base, adapter.a, adapter.b, adapter.scaling, adapter.dropout)
-        setattr(run.model.get_submodule(parent), attribute, layer.train(adapter.module.training))
-        members[adapter.name] = layer
+        members[adapter.name] = FusedLora(adapter.base, adapter.a, adapter.b, adapter.scaling, adapter.dropout)
+        _replace(run.model, adapter.name, members[adapter.name].train(adapter.module.training))
+    members |= {name: SharingLinear(run.model.get_submodule(name)) for name in narrow_projections(run.model)}
     for group in groups(members):
         SharedInput([members[name] for name in group])
+        for name in group:
+            if isinstance(members[name], SharingLinear):
+                _replace(run.model, name, members[name])
 
 
-def groups(members: dict[str, FusedLora]) -> list[list[str]]:
-    """Names of at least two projections each that hang on one parent and share its input."""
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def groups(members: dict[str, Member]) -> list[list[str]]:
+    """Names of at least two projections each that hang on one parent and share its input, one of them adapted. In `members`
+    adapted ones come first."""
     found: dict[tuple, list[str]] = {}
-    for name, layer in members.items():
+    for name, member in members.items():
         parent, _, attribute = name.rpartition(".")
-        kind = next((kind for kind in SHARE_AN_INPUT if attribute in kind), None)
+        kind, weight = _kind(attribute), member.tensors[0]
         if kind is not None:
-            found.setdefault((parent, kind, layer.base_layer.in_features, layer.base_layer.weight.dtype), []).append(name)
-    return [names for names in found.values() if len(names) > 1]
+            found.setdefault((parent, kind, weight.shape[1], weight.dtype), []).append(name)
+    return [names for names in found.values() if len(names) > 1 and isinstance(members[names[0]], FusedLora)]
+
+
+def _kind(attribute: str) -> frozenset[str] | None:
+    return next((kind for kind in SHARE_AN_INPUT if attribute in kind), None)
+
+
+def narrow_projections(model: nn.Module) -> list[str]:
+    """The projections that might share an input with adapted ones, and are frozen Linears of few columns and nothing more,
+    in the model's order."""
+    return [
+        name for name, module in model.named_modules() if _kind(name.rpartition(".")[2]) is not None and _is_narrow(module)
+    ]
+
+
+def _is_narrow(module: nn.Module) -> bool:
+    """Whether nobody would notice the swap: it has no bias, trains nothing, and carries no hooks that a swap would lose."""
+    if type(module) is not nn.Linear or module.bias is not None or module.weight.requires_grad or "forward" in vars(module):
+        return False
+    hooks = [value for key, value in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key]
+    return not any(hooks) and module.out_features <= NARROW_COLUMNS
 
 
 def peft_adapters(model: nn.Module) -> list[Adapter]:

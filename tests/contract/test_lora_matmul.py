@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from abtest.opcheck import check_op
 from kernels.contract import Workload
 from kernels.lora_matmul import OPTIMIZATION
-from kernels.lora_matmul.kernel import FusedLora, SharedInput, lora_matmul
+from kernels.lora_matmul.kernel import FusedLora, SharedInput, SharingLinear, lora_matmul
 from kernels.lora_matmul.op import fused
 from kernels.lora_matmul.patch import apply, eligible
 from kernels.lora_matmul.reference import peft_layers
@@ -32,6 +32,7 @@ from loop.training import accumulate
 CPU = torch.device("cpu")
 VOCABULARY = 128
 IN, OUTS, RANKS, SCALINGS = 13, (7, 22, 5), (3, 1, 6), (2.0, 0.3, 1.7)
+NARROW = (4, 1)  # outputs of frozen projections without adapters
 COUNT = len(OUTS)
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
 
@@ -110,12 +111,51 @@ def test_only_what_is_asked_for_gets_a_gradient(dtype):
         assert (mine is None and whole is None) or torch.equal(mine, whole)
 
 
+def plain_weights(dtype: torch.dtype) -> list[Tensor]:
+    return [normal(out, IN, seed=30 + out).to(dtype) for out in NARROW]
+
+
+UNUSED = {"all used": (), "a narrow one unused": (COUNT,), "no adapter used": (0, 1, 2), "no narrow one used": (COUNT, 4)}
+
+
+@pytest.mark.parametrize("unused", UNUSED.values(), ids=UNUSED)
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_narrow_projections_beside_fp64(dtype, unused):
+    held, plain = tensors(dtype), plain_weights(dtype)
+    x = normal(IN, 4, 9, seed=1).to(dtype).permute(1, 2, 0).requires_grad_()
+    incoming = [
+        None if index in unused else normal(out, 4, 9, seed=70 + out).to(dtype).permute(1, 2, 0)
+        for index, out in enumerate((*OUTS, *NARROW))
+    ]
+    ours = lora_matmul(x, *held.values(), SCALINGS, plain=plain)
+    exact_x, exact = as_fp64(x), {name: as_fp64(value) for name, value in held.items()}
+    truth = [*written_out(exact_x, None, exact), *(exact_x @ weight.double().t() for weight in plain)]
+    found = gradients(ours, [x, *held["a"], *held["b"]], incoming)
+    wanted = gradients(truth, [exact_x, *exact["a"], *exact["b"]], incoming)
+    for mine, want in zip((*ours, *found), (*truth, *wanted), strict=True):
+        assert (mine is None) is (want is None)
+        if mine is not None:
+            assert mine.dtype == dtype and mine.shape == want.shape
+            assert (mine.double() - want).norm() <= 6 * EPS[dtype] * want.norm()
+    assert all(y.is_contiguous() for y in ours) and len({node_of(y) for y in ours}) == 1
+    x = x.detach()  # the first layer's input needs no gradient
+    outputs = lora_matmul(x, *held.values(), SCALINGS, plain=plain)
+    for mine, whole in zip(gradients(outputs, [*held["a"], *held["b"]], incoming), found[1:], strict=True):
+        assert (mine is None and whole is None) or torch.equal(mine, whole)
+
+
+def test_narrow_projections_see_what_adapters_see():
+    held, x = tensors(torch.float32), torch.ones(2, IN)
+    with pytest.raises(ValueError, match="plain projections see x"):
+        lora_matmul(x, *held.values(), SCALINGS, x, plain_weights(torch.float32))
+
+
 def test_no_rows_and_one_row():
-    held = tensors(torch.float32)
+    held, plain = tensors(torch.float32), plain_weights(torch.float32)
     for shape in ((0, IN), (2, 0, IN), (IN,)):
         x = torch.ones(shape, requires_grad=True)
-        outputs = lora_matmul(x, *held.values(), SCALINGS)
-        assert [y.shape for y in outputs] == [(*shape[:-1], out) for out in OUTS]
+        outputs = lora_matmul(x, *held.values(), SCALINGS, plain=plain)
+        assert [y.shape for y in outputs] == [(*shape[:-1], out) for out in (*OUTS, *NARROW)]
         sum(y.sum() for y in outputs).backward()
         assert x.grad.shape == shape
 
@@ -147,6 +187,7 @@ def layers_and_members(dropout: float = 0.0) -> tuple[nn.ModuleList, nn.ModuleLi
     bases = [nn.Linear(IN, out) for out in OUTS]
     a, b = [normal(4, IN, seed=out) for out in OUTS], [normal(out, 4, seed=out) for out in OUTS]
     layers = peft_layers(bases, a, b, alpha=6.0, dropout=dropout)
+    layers.extend(nn.Linear(IN, out, bias=False).requires_grad_(False) for out in NARROW)
     return layers, fused(layers)
 
 
@@ -171,11 +212,12 @@ def test_projections_of_one_tensor_are_one_node_and_nothing_is_kept():
 def test_any_order_and_any_repetition_is_right():
     layers, members = layers_and_members()
     x, other = torch.randn(3, IN), torch.randn(3, IN)
-    for index, given in [(2, x), (2, x), (0, x), (1, other), (1, x), (0, other), (0, x), (2, x), (1, x.clone()), (1, x)]:
+    order = [(2, x), (2, x), (0, x), (1, other), (1, x), (0, other), (0, x), (2, x), (1, x.clone()), (1, x)]
+    for index, given in [(3, x), (4, other), *order, (3, x), (3, x), (4, x), (4, x.clone()), (0, x)]:
         torch.testing.assert_close(members[index](given), layers[index](given), msg=f"{index}")
 
 
-@pytest.mark.parametrize("changed", ["input", "weight", "base", "bias", "gradient mode", "training"])
+@pytest.mark.parametrize("changed", ["input", "weight", "base", "bias", "narrow", "gradient mode", "training"])
 def test_what_changed_between_two_calls_is_computed_anew(changed):
     layers, members = layers_and_members(dropout=0.5)
     layers.eval(), members.eval()
@@ -183,14 +225,16 @@ def test_what_changed_between_two_calls_is_computed_anew(changed):
     with torch.set_grad_enabled(changed != "gradient mode"):
         stale = members[0](x)
     with torch.no_grad():
-        if changed in ("input", "weight", "base", "bias"):
-            layer = members[1].base_layer
-            {"input": x, "weight": members[1].lora_B.weight, "base": layer.weight, "bias": layer.bias}[changed].mul_(1.5)
+        layer, held = members[1].base_layer, {"input": x, "weight": members[1].lora_B.weight, "narrow": layers[3].weight}
+        held |= {"base": layer.weight, "bias": layer.bias}
+        if changed in held:
+            held[changed].mul_(1.5)
     layers.train(changed == "training"), members.train(changed == "training")
     torch.manual_seed(3)
     mine = members[1](x)
     torch.manual_seed(3)
     torch.testing.assert_close(mine, layers[1](x))
+    torch.testing.assert_close(members[3](x), layers[3](x))
     assert mine.requires_grad and stale.requires_grad is (changed != "gradient mode")
 
 
@@ -204,7 +248,7 @@ def test_inference_mode_and_copies():
     assert twins[0].shared is not members[0].shared and twins[0].shared.members == tuple(twins)
     with torch.no_grad():
         twins[0].lora_A.weight.zero_()
-    for index in range(COUNT):
+    for index in range(len(members)):
         twins[index](x)
         torch.testing.assert_close(members[index](x), layers[index](x))
 
@@ -225,13 +269,15 @@ def test_dropout_draws_peft_s_masks():
         torch.manual_seed(11)
         x = normal(4, 6, IN, seed=1).float().requires_grad_()
         outputs = [layer(x) for layer in side]
-        parameters = [p for layer in layers for p in (layer.lora_A["default"].weight, layer.lora_B["default"].weight)]
-        incoming = [normal(4, 6, out, seed=out).float() for out in OUTS]
+        adapted = layers[:COUNT]
+        parameters = [p for layer in adapted for p in (layer.lora_A["default"].weight, layer.lora_B["default"].weight)]
+        incoming = [normal(4, 6, out, seed=out).float() for out in (*OUTS, *NARROW)]
         found.append([*outputs, *gradients(outputs, [x, *parameters], incoming), torch.get_rng_state()])
     for theirs, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert torch.equal(found[0][-1], found[1][-1])
     assert not torch.allclose(found[0][0], layers.eval()[0](x)), "nothing was dropped"
+    assert members[0].shared.input is None, "a narrow projection had the adapters computed, which nobody takes"
 
 
 def run_of(model: str, dtype: str, checkpointing: bool, dropout: float) -> Run:
@@ -276,18 +322,19 @@ def step_of(run: Run) -> tuple[list[float], dict[str, Tensor], Tensor]:
 def test_a_model_s_gradients_beside_peft_s(model, dtype, dropout, checkpointing):
     losses, theirs, random = step_of(run_of(model, dtype, checkpointing, dropout))
     run = run_of(model, dtype, checkpointing, dropout)
-    before = trainable(run.model)
+    before, frozen = trainable(run.model), {id(parameter) for parameter in run.model.parameters()}
     assert OPTIMIZATION.eligible(run) is None
     OPTIMIZATION.apply(run)
     after = trainable(run.model)
     assert list(after) == list(before) and all(after[name] is parameter for name, parameter in before.items())
+    assert {id(parameter) for parameter in run.model.parameters()} == frozen
     own, ours, own_random = step_of(run)
     assert torch.equal(random, own_random)
     assert own == pytest.approx(losses, rel=1e-6 if dtype == "float32" else 1e-3)
     for name, want in theirs.items():
         assert want.any(), name
         assert (ours[name] - want).norm() <= (2e-5 if dtype == "float32" else 0.06) * want.norm(), name
-    found = {module.shared for module in run.model.modules() if isinstance(module, FusedLora)} - {None}
+    found = {module.shared for module in run.model.modules() if isinstance(module, (FusedLora, SharingLinear))} - {None}
     assert found and not any(shared.waiting or shared.input is not None for shared in found)
     assert eligible(run) == "the run has no PEFT LoRA layers"
 
@@ -296,18 +343,19 @@ def test_who_shares_in_a_model():
     run = run_of("qwen3.5-tiny", "float32", False, 0.0)
     layers = len([module for module in run.model.modules() if hasattr(module, "lora_A")])
     apply(run)
-    members = {name: module for name, module in run.model.named_modules() if isinstance(module, FusedLora)}
-    assert len(members) == layers
+    members = {name: m for name, m in run.model.named_modules() if isinstance(m, (FusedLora, SharingLinear))}
+    narrow = sum(isinstance(module, SharingLinear) for module in members.values())
+    assert len(members) == layers + narrow and narrow == 2 * 3
     found: dict[SharedInput, list[str]] = {}
     for name, module in members.items():
         if module.shared is not None:
             found.setdefault(module.shared, []).append(name.partition("layers.")[2])
-    linear = [[f"{i}.linear_attn.in_proj_qkv", f"{i}.linear_attn.in_proj_z"] for i in range(3)]
+    linear = [[f"{i}.linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")] for i in range(3)]
     attention = [[f"3.self_attn.{part}_proj" for part in "qkv"]]
     mlps = [[f"{i}.mlp.gate_proj", f"{i}.mlp.up_proj"] for i in range(4)]
     assert sorted(found.values()) == sorted(linear + attention + mlps)
     calls = step_nodes(run)
-    assert calls == len(found) + (layers - sum(map(len, found.values())))
+    assert calls == len(found) + (len(members) - sum(map(len, found.values())))
 
 
 def step_nodes(run: Run) -> int:
@@ -335,6 +383,38 @@ def test_the_swap_keeps_peft_s_files_and_the_mode(tmp_path):
         assert one == other and len(one) > 100
     assert not any(module.training for module in run.model.modules() if isinstance(module, FusedLora))
     assert {module.dropout for module in run.model.modules() if isinstance(module, FusedLora)} == {0.0}
+
+
+LEFT_ALONE = {
+    "biased": lambda k: setattr(k, "bias", nn.Parameter(torch.zeros(5), requires_grad=False)),
+    "trained": lambda k: k.weight.requires_grad_(),
+    "watched": lambda k: k.register_forward_hook(lambda *_: None),
+    "its own forward": lambda k: setattr(k, "forward", lambda x: x),
+    "another dtype": lambda k: k.to(torch.bfloat16),
+    "another input": lambda k: setattr(k, "weight", nn.Parameter(torch.zeros(5, IN + 1), requires_grad=False)),
+    "wide": lambda k: setattr(k, "out_features", 129),
+}
+
+
+@pytest.mark.parametrize("change", [None, *LEFT_ALONE])
+def test_a_frozen_projection_that_is_more_than_narrow_is_left_alone(change):
+    run = adapted_block(target_modules=["q_proj"])
+    k = run.model.k_proj = nn.Linear(IN, 5, bias=False).requires_grad_(False)
+    if change is not None:
+        LEFT_ALONE[change](k)
+    apply(run)
+    shares = run.model.q_proj.shared is not None
+    assert shares is isinstance(run.model.k_proj, SharingLinear) is (change is None)
+    assert run.model.k_proj.weight is k.weight and (shares or run.model.k_proj is k)
+    assert type(run.model.o_proj) is nn.Linear
+
+
+def test_frozen_projections_alone_have_nothing_to_share():
+    run = adapted_block(target_modules=["o_proj"])
+    run.model.q_proj = nn.Linear(IN, 5, bias=False).requires_grad_(False)
+    run.model.k_proj = nn.Linear(IN, 5, bias=False).requires_grad_(False)
+    apply(run)
+    assert type(run.model.q_proj) is type(run.model.k_proj) is nn.Linear
 
 
 class Block(nn.Module):
