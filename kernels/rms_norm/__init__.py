@@ -1,4 +1,4 @@
-"""RMSNorm in one launch each way, with the residual addition where the decoder layer has it just before."""
+"""RMSNorm in one launch each way, with the residual additions that a decoder layer has beside it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def _apply(run: Run) -> None:
 
 OPTIMIZATION = Optimization(
     name="rms_norm",
-    summary="every RMSNorm in one Triton kernel each way, Qwen3.5's second residual addition of a layer included",
+    summary="every RMSNorm in one Triton kernel each way, the first residual addition of Qwen3.5's layers and that of its "
+    "gradient included",
     exactness=Exactness.ROUNDING,
     why_exact=(
         "the same formula; forward it rounds where PyTorch rounds, and only squares are added up in another order; backward "

@@ -1,7 +1,8 @@
 """RMSNorm in Triton, alone or with the residual addition before it: kernels, custom ops, autograd, public functions.
 
 With r = (mean(x^2) + eps)^-1/2, n = x r and scale = 1 + w (zero-centred) or w:  y = n scale,  dw = sum over rows of dy n,
-dx = r (c - n mean(c n)) with c = dy scale. Behind an addition x is the sum, and the sum's own gradient is added to dx.
+dx = r (c - n mean(c n)) with c = dy scale. Behind an addition x is the sum, and the sum's own gradient is added to dx, as is
+that of an x which goes on beside its norm.
 Backward reads x and r alone; dw is summed first per program, then over programs, in an order that the shape fixes.
 """
 
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Elements of a program's tile and of a warp's share: 8 a thread, so that a tensor is one 16-byte load, and all are on their
@@ -242,7 +244,7 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _gradients(ctx, dy: Tensor | None, dsum: Tensor | None, with_dweight: bool) -> tuple[Tensor | None, Tensor | None]:
-    if dy is None:  # only the sum was used
+    if dy is None:  # only the sum, or x beside the norm, was used
         return dsum, None
     dx, dweight = _backward(dy, dsum, *ctx.saved_tensors, ctx.zero_centred, with_dweight)
     return dx, dweight if with_dweight else None
@@ -260,6 +262,23 @@ def _differentiate_add(ctx, dy: Tensor | None, _: Tensor | None, dsum: Tensor | 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _add_forward.register_autograd(_differentiate_add, setup_context=_save)
+
+
+class _Beside(torch.autograd.Function):
+    """A custom op may not return what it was given; this hands it on, so that all of x's gradient comes to one place."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor]:
+        y, rstd = _forward(x, weight, eps, zero_centred)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.zero_centred = zero_centred
+        ctx.set_materialize_grads(False)
+        return y, x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor | None, dsum: Tensor | None):
+        return *_gradients(ctx, dy, dsum, ctx.needs_input_grad[1]), None, None
 
 
 def _check(name: str, weight: Tensor, **activations: Tensor) -> None:
@@ -288,6 +307,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> Tenso
     """
     _check("rms_norm", weight, x=x)
     return _forward(x, weight, eps, zero_centred)[0]
+
+
+def rms_norm_beside(x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor]:
+    """`rms_norm(x)`, and x itself: whoever takes x from here has its gradient added inside the norm's backward."""
+    _check("rms_norm_beside", weight, x=x)
+    return _Beside.apply(x, weight, eps, zero_centred)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> tuple[Tensor, Tensor]:

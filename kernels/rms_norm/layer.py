@@ -1,4 +1,5 @@
-"""Qwen3.5's decoder layer with its first residual addition inside the norm that follows, and the proof that it is the same.
+"""Qwen3.5's decoder layer with its first residual addition inside the norm that follows, that of the residual's gradient
+inside the backward of the norm before, and the proof that it is the same.
 
 Imported only once a Qwen3.5 model is there: importing transformers' modelling file decides which fast paths it binds.
 """
@@ -36,14 +37,14 @@ class FusedDecoderLayer(Qwen3_5DecoderLayer):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        normed = self.input_layernorm(hidden_states)
+        normed, residual = self.input_layernorm(hidden_states, beside=True)
         given = {"hidden_states": normed, "attention_mask": attention_mask, **kwargs}
         if self.block_type == "linear_attention":
             mixed = self.linear_attn(cache_params=past_key_values, **given)
         else:
             positions = {"position_ids": position_ids, "position_embeddings": position_embeddings}
             mixed, _ = self.self_attn(past_key_values=past_key_values, **positions, **given)
-        normed, residual = self.post_attention_layernorm(mixed, hidden_states)
+        normed, residual = self.post_attention_layernorm(mixed, residual)
         return residual + self.mlp(normed)
 
 
@@ -54,13 +55,14 @@ class _StandIn(nn.Module):
         super().__init__()
         self.name, self.calls, self.answer = name, calls, answer
 
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+    def forward(self, *arguments: Any, beside: bool = False, **keywords: Any) -> Any:
         if len(arguments) == 2:  # the fused norm: x and residual
             total = arguments[1] + arguments[0]
             self.calls.append((self.name, (total,), keywords))
             return self.answer(total), total
         self.calls.append((self.name, arguments, keywords))
-        return self.answer(arguments[0] if arguments else keywords["hidden_states"])
+        answer = self.answer(arguments[0] if arguments else keywords["hidden_states"])
+        return (answer, arguments[0]) if beside else answer
 
 
 def computes_the_same(layer: Qwen3_5DecoderLayer) -> bool:

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from loop.run import Run
 
 WIDEST = 1 << 16  # the kernel's limit
-DECODER_LAYER = "Qwen3_5DecoderLayer"
+DECODER_LAYER, LAYER_NORMS = "Qwen3_5DecoderLayer", ("input_layernorm", "post_attention_layernorm")
 
 
 class FusedRMSNorm(nn.Module):
     """x [..., D] -> [..., D] over its root mean square, times 1 + weight or weight, with the parameter of the norm that it
-    replaces. Called with a residual it returns the norm of residual + x, and that sum."""
+    replaces. Called with a residual it returns the norm of residual + x, and that sum; with beside, the norm of x, and x."""
 
     def __init__(self, weight: nn.Parameter, eps: float, zero_centred: bool):
         super().__init__()
@@ -31,12 +31,12 @@ class FusedRMSNorm(nn.Module):
         self.zero_centred = zero_centred
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, beside: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        from .kernel import add_rms_norm, rms_norm
+        from .kernel import add_rms_norm, rms_norm, rms_norm_beside
 
         if residual is None:
-            return rms_norm(x, self.weight, self.eps, self.zero_centred)
+            return (rms_norm_beside if beside else rms_norm)(x, self.weight, self.eps, self.zero_centred)
         return add_rms_norm(x, residual, self.weight, self.eps, self.zero_centred)
 
     def extra_repr(self) -> str:
@@ -83,11 +83,12 @@ def norms(model: nn.Module) -> dict[str, bool]:
 
 
 def fusable_layers(model: nn.Module, swapped: dict[str, bool]) -> list[str]:
-    """Names of the Qwen3.5 decoder layers that add the residual just before a norm of `swapped`, and do nothing else."""
+    """Names of the Qwen3.5 decoder layers whose norms are of `swapped`, that add the residual just before the second and at
+    the end, and do nothing else."""
     layers = {
         name: module
         for name, module in model.named_modules()
-        if type(module).__name__ == DECODER_LAYER and f"{name}.post_attention_layernorm" in swapped
+        if type(module).__name__ == DECODER_LAYER and {f"{name}.{norm}" for norm in LAYER_NORMS} <= swapped.keys()
     }
     if not layers:
         return []

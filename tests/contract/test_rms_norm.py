@@ -13,7 +13,7 @@ from abtest.oracle import worst_error
 from abtest.quantity import same_bits
 from kernels.contract import Workload
 from kernels.rms_norm import OPTIMIZATION, kernel
-from kernels.rms_norm.kernel import add_rms_norm, rms_norm
+from kernels.rms_norm.kernel import add_rms_norm, rms_norm, rms_norm_beside
 from kernels.rms_norm.op import norm_op
 from kernels.rms_norm.patch import FusedRMSNorm, apply, eligible, form_of, norms
 from kernels.rms_norm.reference import EPS, add_rms_norm_reference, rms_norm_reference
@@ -116,6 +116,27 @@ def test_only_one_of_two_outputs_is_used():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     of_sum = torch.autograd.grad(sides[0][1], (x, residual, weight), incoming, allow_unused=True)
     assert torch.equal(of_sum[0], incoming) and torch.equal(of_sum[1], incoming) and of_sum[2] is None
+
+
+@pytest.mark.parametrize("used", ["both", "the norm", "x"])
+@FORMS
+def test_x_beside_its_norm(zero_centred, used):
+    """Its gradient is added where the norm's is made, and nobody adds up two gradients of x."""
+    inputs = [drawn(5, 40), weight_of(40, zero_centred)]
+    taken = {"both": slice(2), "the norm": slice(1), "x": slice(1, 2)}[used]
+    incoming = [drawn(40, 5, seed=2).detach().t(), torch.full((1, 1), 0.5, device=DEVICE).expand(5, 40)][taken]
+    leaves = inputs if used != "x" else inputs[:1]
+
+    def gradients(outputs: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs[taken], leaves, [gradient.to(dtype) for gradient in incoming])
+
+    y, same = rms_norm_beside(*inputs, EPS, zero_centred)
+    assert torch.equal(y, rms_norm(*inputs, EPS, zero_centred)) and same.data_ptr() == inputs[0].data_ptr()
+    assert same.grad_fn is y.grad_fn
+    exact = [value.double() for value in inputs]
+    want = gradients((textbook(*exact, zero_centred), exact[0]), torch.float64)
+    for mine, truth in zip(gradients((y, same), torch.float32), want, strict=True):
+        torch.testing.assert_close(mine.double(), truth.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_frozen_weight_has_no_gradient_computed(monkeypatch):
@@ -253,6 +274,17 @@ def test_other_layers_keep_their_forward_and_have_the_norm_alone(model, monkeypa
     apply(run)
     assert {type(layer) for layer in run.model.get_decoder().layers} == {kind} and not norms(run.model)
     assert_beside(step(run, batch), stock)
+
+
+def test_a_layer_s_residual_comes_from_beside_its_first_norm():
+    run, batch = built("qwen3.5-tiny")
+    apply(run)
+    outputs = []
+    run.model.get_decoder().layers[1].register_forward_hook(lambda layer, arguments, output: outputs.append(output))
+    run.model(batch.input_ids)
+    (second_norm, _), _ = outputs[0].grad_fn.next_functions
+    (_, _), (residual, _), *_ = second_norm.next_functions
+    assert residual.name() == "_BesideBackward"
 
 
 def test_recording_and_hooks_survive():
