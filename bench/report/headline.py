@@ -90,11 +90,11 @@ class Pair:
 
 def pairs(devices: Iterable[tuple[Device, Sequence[Shipping]]]) -> list[Pair]:
     """A pair for each setting whose newest run has both something that ships and a timed peer, whatever that one's verdict;
-    in the reports' order. Of peers the one with the most real tokens a second counts."""
+    in the reports' order. Of peers the one that is fastest beside stock counts: tokens a second of two moments may drift."""
     found = []
     for device, decisions in devices:
         for setting, decision in zip(device.settings, decisions, strict=True):
-            peer = max(_peers(setting), key=lambda record: record.perf.real_tokens_per_s, default=None)
+            peer = max(_peers(setting), key=lambda record: record.perf.ratio, default=None)
             if decision.basis is not None and sound(decision.basis.perf) and peer is not None:
                 page = "/".join(part for part in (device.slug, device.path(setting), "README.md") if part)
                 found.append(Pair(device.name, page, setting.trained, decision.basis, peer))

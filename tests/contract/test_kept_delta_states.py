@@ -146,6 +146,8 @@ def test_it_takes_the_place_of_ssm_fast_path():
         and OPTIMIZATION.op.candidate is not SSM_FAST_PATH.op.candidate
     )
     assert OPTIMIZATION.op.workloads == SSM_FAST_PATH.op.workloads
-    together = combination(["kept_delta_states", "silu_mul", "ssm_fast_path"], Config())
-    assert together.optimizations == ("kept_delta_states", "silu_mul")
+    for ratios, stays in (((2.1, 2.0), "kept_delta_states"), ((2.0, 2.1), "ssm_fast_path")):
+        kept, plain = ratios
+        together = combination({"kept_delta_states": kept, "silu_mul": 1.1, "ssm_fast_path": plain}, Config())
+        assert set(together.optimizations) == {stays, "silu_mul"}
     assert registry.discover()["kept_delta_states"] is OPTIMIZATION

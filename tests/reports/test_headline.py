@@ -93,7 +93,7 @@ def test_the_interval_holds_whatever_the_two_errors_have_to_do_with_each_other()
 
 
 def test_the_fastest_peer_counts_whatever_its_verdict():
-    slower, leaks = peer("slower", 1.5, 6_000.0), peer("leaks", 3.0, 12_000.0, level=Level.FAILED)
+    slower, leaks = peer("slower", 1.5, 13_000.0), peer("leaks", 3.0, 12_000.0, level=Level.FAILED)
     (pair,) = found(stock(), shipped(), slower, leaks, peer())
     assert pair.peer is leaks and pair.ratio == pytest.approx(4 / 3)
     table = headline.markdown([pair])
