@@ -1,0 +1,183 @@
+"""`python -m bench.session PLAN.toml`: many commands on the GPUs of a box that is there for a while.
+
+The commands of one GPU run one after another, those of several GPUs side by side. What takes longer than it may is
+interrupted, as by Ctrl-C, so that it keeps what it has; one command's failure does not stop the next. The last line on
+stdout is one JSON document with how every command ended; each one's output is in a file of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from loop.cli import guarded, parse
+from loop.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+PATIENCE = 20.0  # seconds from the interrupt to the end of a command that does not heed it
+KEYS = {"name": str, "gpu": int, "command": list, "minutes": (int, float)}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Flags of `python -m bench.session`."""
+
+    plan: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PLAN.toml")]  # see bench/sessions/
+    minutes: float | None = None  # interrupt what still runs after so many; None: as long as the plan takes
+    logs: Path = field(default_factory=lambda: Path("runs") / f"session-{time.strftime('%Y%m%dT%H%M%S')}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command: which GPU it sees, and the minutes after which it is interrupted."""
+
+    name: str
+    gpu: int
+    command: tuple[str, ...]
+    minutes: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """code: of the process, None if it was not begun. cut: whether its time, or the session's, was over."""
+
+    name: str
+    gpu: int
+    code: int | None
+    seconds: float
+    cut: bool
+
+    def __str__(self) -> str:
+        if self.code is None:
+            return f"{self.name}: not begun, the session's time is over"
+        return f"{self.name}: {'interrupted' if self.cut else f'ended with {self.code}'} after {self.seconds:.0f} s"
+
+
+def read_plan(path: Path) -> list[Step]:
+    """The steps of a plan, in order. Raises UserError naming what is wrong with it."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
+    steps = tables.get("step")
+    if set(tables) != {"step"} or not isinstance(steps, list) or not steps:
+        raise UserError(f"{path}: tables [[step]] are expected, and nothing else")
+    found = [_step(values, f"{path}: step {index + 1}") for index, values in enumerate(steps)]
+    twice = {step.name for step in found if sum(other.name == step.name for other in found) > 1}
+    if twice:
+        raise UserError(f"{path}: two steps are called {min(twice)}")
+    return found
+
+
+def _step(values: Any, where: str) -> Step:
+    if not isinstance(values, dict) or set(values) != set(KEYS):
+        raise UserError(f"{where}: the keys {', '.join(KEYS)} are expected")
+    for key, kind in KEYS.items():
+        if not isinstance(values[key], kind) or isinstance(values[key], bool):
+            raise UserError(f"{where}: {key} is {values[key]!r:.60}")
+    command = values["command"]
+    if not NAME.fullmatch(values["name"]):
+        raise UserError(f"{where}: name {values['name']!r:.60}: letters, digits, '.', '_' and '-' are expected, at most 61")
+    if not command or not all(isinstance(word, str) for word in command):
+        raise UserError(f"{where}: command must be a list of words")
+    if values["gpu"] < 0 or not 0 < values["minutes"] < math.inf:
+        raise UserError(f"{where}: gpu must be at least 0, and minutes above 0")
+    return Step(values["name"], values["gpu"], tuple(command), float(values["minutes"]))
+
+
+class Session:
+    """Runs steps. end: a reading of time.monotonic() by which all are to have ended. logs: a folder, made here."""
+
+    def __init__(self, steps: list[Step], logs: Path, end: float = math.inf) -> None:
+        self.steps, self.logs, self.end = steps, logs, end
+        self.stopped = threading.Event()
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> list[Ended]:
+        """How every step ended, in the plan's order. Ctrl-C interrupts those at work, and begins no other."""
+        by_gpu: dict[int, list[Step]] = {}
+        for step in self.steps:
+            by_gpu.setdefault(step.gpu, []).append(step)
+        with ThreadPoolExecutor(len(by_gpu)) as pool:
+            lanes = [pool.submit(self._lane, own) for own in by_gpu.values()]
+            try:
+                ended = {one.name: one for lane in lanes for one in lane.result()}
+            except BaseException:
+                self.stopped.set()
+                raise
+        return [ended[step.name] for step in self.steps]
+
+    def _lane(self, steps: list[Step]) -> list[Ended]:
+        ended = []
+        for step in steps:
+            ended.append(self._step(step))
+            print(f"{time.strftime('%H:%M:%S')} gpu {step.gpu}, {ended[-1]}", file=sys.stderr, flush=True)
+        return ended
+
+    def _step(self, step: Step) -> Ended:
+        began = time.monotonic()
+        end = min(began + 60 * step.minutes, self.end)
+        if began >= self.end or self.stopped.is_set():
+            return Ended(step.name, step.gpu, None, 0.0, cut=True)
+        words = [sys.executable, *step.command[1:]] if step.command[0] == "python" else list(step.command)
+        environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": str(step.gpu), "PYTHONUNBUFFERED": "1"}
+        with (self.logs / f"{step.name}.log").open("wb") as log:
+            try:
+                process = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
+                    start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                log.write(f"{error}\n".encode())
+                return Ended(step.name, step.gpu, 127, 0.0, cut=False)
+            cut = self._wait(process, end)
+        return Ended(step.name, step.gpu, process.returncode, time.monotonic() - began, cut)
+
+    def _wait(self, process: subprocess.Popen, end: float) -> bool:
+        """Until the process has ended; whether it had to be told to."""
+        while process.poll() is None and time.monotonic() < end and not self.stopped.is_set():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=min(0.5, max(end - time.monotonic(), 0.01)))
+        if process.poll() is not None:
+            return False
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=PATIENCE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever of it does not heed an interrupt, children included
+        process.wait()
+        return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    began = time.monotonic()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = parse(Command(Path("PLAN.toml")), "python -m bench.session", "Runs a plan of commands.", arguments)
+    if command.minutes is not None and not command.minutes > 0:
+        raise UserError(f"--minutes is {command.minutes}; it must be above 0")
+    steps = read_plan(command.plan)
+    end = math.inf if command.minutes is None else began + 60 * command.minutes
+    print(f"output is in {command.logs}", file=sys.stderr)
+    ended = Session(steps, command.logs, end).run()
+    print(json.dumps([vars(one) for one in ended]))
+    return int(any(one.code != 0 for one in ended))
+
+
+if __name__ == "__main__":
+    guarded(main)
