@@ -29,7 +29,8 @@ NOT_THE_RECIPE = ("arms", "peers", "combine", "micro", "run", "minutes", "report
 class Command(Config):
     """Flags of `python -m bench.run`."""
 
-    arms: tuple[str, ...] = ("all",)  # by name; "all" optimizations, the "peers", or "negative" for negative_results/
+    # by name; "all" optimizations, the "peers", or "negative" for negative_results/; a+b+c: these together, as one arm
+    arms: tuple[str, ...] = ("all",)
     peers: bool = (
         False  # add what a user could pick instead, bench/peers/: gated, timed whatever the gate says, never shipped
     )

@@ -19,6 +19,8 @@ from kernels.contract import Exactness, Optimization
 from loop.config import Config
 from loop.errors import UserError
 
+JOIN = "+"  # between optimizations that are one arm
+
 
 @dataclass(frozen=True)
 class ArmPlan:
@@ -42,19 +44,44 @@ class ArmPlan:
 
 def plan_arms(names: Iterable[str], config: Config, device: torch.device) -> list[ArmPlan]:
     """The arms called `names`; "all" stands for every optimization, "peers" for every peer, "negative" for every negative
-    result, which has been measured before. Raises UserError for an unknown name."""
+    result, which has been measured before. Optimizations joined by `JOIN` are one arm, the combination of them. Raises
+    UserError for an unknown name, and for what can't be combined."""
     known = registry.discover()
     peers = {peer.name: peer for peer in PEERS}
     negative = [name for name in known if registry.is_negative(name)]
     groups = {"all": [name for name in known if name not in negative], "peers": list(peers), "negative": negative}
     chosen = list(dict.fromkeys(name for given in names for name in groups.get(given, [given])))
-    unknown = [name for name in chosen if name not in known and name not in peers]
+    joined = [name for name in chosen if JOIN in name]
+    unknown = [name for given in chosen for name in given.split(JOIN) if name not in known and name not in peers]
     if unknown:
         raise UserError(f"--arms {unknown[0]}: no such arm; there are {', '.join([*groups, *known, *peers])}")
-    return [
-        _optimization_arm(known[name], config, device) if name in known else _peer_arm(peers[name], config, device)
-        for name in chosen
-    ]
+    if len(joined) > 1:
+        raise UserError(f"--arms {joined[1]}: a second combination; a run has one of its own choosing")
+
+    def plan(name: str) -> ArmPlan:
+        if name in joined:
+            return _joined_arm(name, config, device)
+        return _peer_arm(peers[name], config, device) if name in peers else _optimization_arm(known[name], config, device)
+
+    return [plan(name) for name in chosen]
+
+
+def _joined_arm(given: str, config: Config, device: torch.device) -> ArmPlan:
+    """The combination that a command asks for by name: gated and timed as a whole, whether or not its parts ever were."""
+    known, names = registry.discover(), given.split(JOIN)
+    for index, name in enumerate(names):
+        if name not in known or registry.is_negative(name) or registry.with_recipes(config, [name]) != config:
+            raise UserError(f"--arms {given}: {name} can be part of no combination here")
+        if name in names[:index]:
+            raise UserError(f"--arms {given}: {name} is there twice")
+        clash = next((other for other in names[:index] if _conflict(name, other)), None)
+        if clash is not None:
+            raise UserError(f"--arms {given}: {name} and {clash} exclude one another")
+    lacking = ((name, registry.unmet(known[name].needs, device)) for name in names)
+    missing = next((f"{name}: {reason}" for name, reason in lacking if reason is not None), None)
+    members = [name for name in known if name in names]
+    untimed = untimed_reason([known[name] for name in members], device)
+    return dataclasses.replace(_combined(members, config), missing=missing, untimed=untimed)
 
 
 def _optimization_arm(optimization: Optimization, config: Config, device: torch.device) -> ArmPlan:
@@ -95,21 +122,26 @@ def combination(ratios: Mapping[str, float], config: Config) -> ArmPlan | None:
     ratios: stock's time over an optimization's own, by its name. Of two that conflict the faster stays, of equals the first.
     """
     chosen: list[str] = []
-    known = registry.discover()
     for name in sorted(ratios, key=lambda name: -ratios[name]):
-        clash = any(name in known[other].conflicts or other in known[name].conflicts for other in chosen)
-        if not clash:
+        if not any(_conflict(name, other) for other in chosen):
             chosen.append(name)
     kept = [name for name in ratios if name in chosen]
-    if len(kept) < 2:
-        return None
+    return _combined(kept, config) if len(kept) > 1 else None
+
+
+def _conflict(one: str, other: str) -> bool:
+    known = registry.discover()
+    return one in known[other].conflicts or other in known[one].conflicts
+
+
+def _combined(names: list[str], config: Config) -> ArmPlan:
     return ArmPlan(
         name="combination",
         role="combination",
-        optimizations=tuple(kept),
+        optimizations=tuple(names),
         config=config,
-        claim=registry.weakest_claim(kept),
-        summary=f"{', '.join(kept)} together",
+        claim=registry.weakest_claim(names),
+        summary=f"{', '.join(names)} together",
         why_exact="each part by its own argument; the whole by its own gate",
     )
 

@@ -329,6 +329,43 @@ def test_a_combination_keeps_the_faster_of_two_and_the_order(ratios, kept):
     assert kept is None if found is None else found.optimizations == kept
 
 
+def test_a_combination_that_is_asked_for_is_one_arm(world, capsys):
+    """In the registry's order whatever is typed, once, and without any of its parts."""
+    assert world("--run", "r", "--arms", "supervised_logits+static_lora") == ["combination"]
+    (found,) = [record for record in world.records("r") if record.role == "combination"]
+    assert found.optimizations == ("static_lora", "supervised_logits") and found.perf is not None
+    assert summary(capsys)["left"] == []
+    assert world("--run", "r", "--arms", "static_lora+supervised_logits") == []
+    assert world("--run", "r", "--arms", "static_lora", "static_lora+supervised_logits") == ["static_lora"]
+    assert {record.arm for record in world.records("r")} == {"stock", "stock_again", "combination", "static_lora"}
+
+
+def test_what_a_combination_lacks_is_said_and_what_is_interpreted_is_not_timed():
+    (plan,) = plan_arms(["ssm_fast_path+static_lora"], Config(), torch.device("cpu"))
+    assert plan.missing.startswith("ssm_fast_path: needs a CUDA device")
+    (plan,) = plan_arms(["silu_mul+static_lora"], Config(), torch.device("cpu"))
+    assert plan.missing is None and "interpreter" in plan.untimed and plan.optimizations == ("silu_mul", "static_lora")
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        (["static_lora+nobody"], "--arms nobody: no such arm"),
+        (["static_lora+"], "--arms : no such arm"),
+        (["static_lora+static_lora"], "static_lora is there twice"),
+        (["static_lora+silu_mul+lora_matmul"], "lora_matmul and static_lora exclude one another"),
+        (["static_lora+unsloth"], "unsloth can be part of no combination"),
+        (["static_lora+merged_lora"], "merged_lora can be part of no combination"),
+        (["static_lora+packing"], "packing can be part of no combination"),
+        (["static_lora+silu_mul", "silu_mul+rms_norm"], "--arms silu_mul+rms_norm: a second combination"),
+    ],
+)
+def test_what_can_t_be_combined_is_said(arms, words):
+    with pytest.raises(UserError) as raised:
+        plan_arms(arms, Config(), torch.device("cpu"))
+    assert words in str(raised.value)
+
+
 def test_a_later_arm_makes_another_combination(world):
     assert world("--run", "r", "--arms", *TIMED[:2]) == [*TIMED[:2], "combination"]
     assert world("--run", "r", "--arms", TIMED[2]) == [TIMED[2], "combination"]
