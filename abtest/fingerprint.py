@@ -29,8 +29,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor | None]) -> str:
     for name, tensor in tensors.items():
         digest.update(f"{name}:{None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode())
         if tensor is not None:
-            bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
-            groups.setdefault((tensor.device, tensor.element_size()), []).append(bits)
+            groups.setdefault((tensor.device, tensor.element_size()), []).append(_bits(tensor))
     for (device, size), group in groups.items():
         digest.update(f"{device.type} {size}".encode())
         digest.update(_sums(group).cpu().numpy().tobytes())
@@ -41,14 +40,18 @@ def fingerprints(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """By name, a fingerprint of each tensor's dtype, shape and bits alone. One device synchronisation for them all."""
     marks, waiting = {}, defaultdict(list)
     for name, tensor in tensors.items():
-        bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
-        waiting[tensor.device].append((name, _sums([bits])))
+        waiting[tensor.device].append((name, _sums([_bits(tensor)])))
     for device, found in waiting.items():
         sums = torch.stack([own for _, own in found]).cpu().numpy()
         for (name, _), own in zip(found, sums, strict=True):
             words = f"{tensors[name].dtype} {tuple(tensors[name].shape)} {device.type}".encode()
             marks[name] = hashlib.blake2b(words + own.tobytes(), digest_size=16).hexdigest()
     return marks
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Its elements in order, as integers of their size."""
+    return tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
 
 
 def _sums(group: list[torch.Tensor]) -> torch.Tensor:

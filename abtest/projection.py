@@ -61,14 +61,14 @@ def project(matrix: torch.Tensor, seed: int) -> torch.Tensor:
 def keep(gradients: Mapping[str, torch.Tensor], probe: str) -> dict[str, torch.Tensor]:
     """What goes into a probe's file: large matrices projected, under a name that says how; all others whole. probe: what
     tells this probe from others."""
-    kept = {}
+    found = {}
     for name, gradient in gradients.items():
         if gradient.ndim == 2 and gradient.numel() >= LARGE:
             seed = int.from_bytes(hashlib.blake2b(f"{probe} {name}".encode(), digest_size=7).digest())
             name = SEPARATOR.join((name, str(gradient.shape[1]), str(seed)))
             gradient = project(gradient, seed).to(gradient.dtype)
-        kept[name] = gradient
-    return kept
+        found[name] = gradient
+    return found
 
 
 def kept(tensors: Mapping[str, torch.Tensor]) -> dict[str, Kept]:

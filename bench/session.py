@@ -118,9 +118,8 @@ class Session:
             lanes = [pool.submit(self._lane, own) for own in by_gpu.values()]
             try:
                 ended = {one.name: one for lane in lanes for one in lane.result()}
-            except BaseException:
+            finally:  # else the pool would wait for lanes that nobody has told
                 self.stopped.set()
-                raise
         return [ended[step.name] for step in self.steps]
 
     def _lane(self, steps: list[Step]) -> list[Ended]:

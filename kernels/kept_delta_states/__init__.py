@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from kernels.contract import Exactness, Needs, Optimization
+from kernels.contract import Exactness, Optimization
 from kernels.ssm_fast_path import OPTIMIZATION as SSM_FAST_PATH
 from loop.delta_net import Pack
 
@@ -30,7 +30,7 @@ OPTIMIZATION = Optimization(
     eligible=patch.eligible,
     apply=patch.apply,
     op=replace(SSM_FAST_PATH.op, candidate=_candidate),
-    needs=Needs(cuda=True, triton=True, packages=("fla",), known_wrong=SSM_FAST_PATH.needs.known_wrong),
+    needs=SSM_FAST_PATH.needs,
     conflicts=("ssm_fast_path",),
     source=SSM_FAST_PATH.source,
 )

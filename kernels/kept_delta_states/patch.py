@@ -6,7 +6,6 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from kernels.ssm_fast_path import patch as ssm_fast_path
-from loop.delta_net import PackedDeltaNet
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -30,7 +29,4 @@ def _lacking() -> str | None:
 def apply(run: Run) -> None:
     from .kernel import KeptDeltaNet
 
-    for parent in list(run.model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is PackedDeltaNet:
-                setattr(parent, name, KeptDeltaNet(child))
+    ssm_fast_path.swap(run.model, KeptDeltaNet)

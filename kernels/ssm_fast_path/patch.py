@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from loop.delta_net import PackedDeltaNet
 
@@ -44,7 +45,12 @@ def triton_refusal(capability: tuple[int, int], version: tuple[int, ...]) -> str
 def apply(run: Run) -> None:
     from .kernel import FlaDeltaNet
 
-    for parent in list(run.model.modules()):
+    swap(run.model, FlaDeltaNet)
+
+
+def swap(model: nn.Module, layer: type[PackedDeltaNet]) -> None:
+    """Every gated-delta layer that is still on the loop's PyTorch path becomes a `layer`, around the same parameters."""
+    for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is PackedDeltaNet:
-                setattr(parent, name, FlaDeltaNet(child))
+                setattr(parent, name, layer(child))
