@@ -1,6 +1,7 @@
 """`python -m bench.session PLAN.toml`: many commands on the GPUs of a box that is there for a while.
 
-The commands of one GPU run one after another, those of several GPUs side by side. What takes longer than it may is
+The commands of one GPU run one after another, those of several GPUs side by side, each on an equal share of the processor
+cores: a compiler that takes every core would slow down what is timed beside it. What takes longer than it may is
 interrupted, as by Ctrl-C, so that it keeps what it has; one command's failure does not stop the next. The last line on
 stdout is one JSON document with how every command ended; each one's output is in a file of its own.
 """
@@ -101,6 +102,14 @@ def _step(values: Any, where: str) -> Step:
     return Step(values["name"], values["gpu"], tuple(command), float(values["minutes"]))
 
 
+def shares(lanes: int) -> list[set[int]]:
+    """The cores of each of so many lanes: neighbours, disjoint, equally many. Empty sets, which leave all cores to all,
+    where there are fewer cores than lanes or the system has no such thing."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    each = len(cores) // lanes
+    return [set(cores[lane * each : (lane + 1) * each]) for lane in range(lanes)]
+
+
 class Session:
     """Runs steps. end: a reading of time.monotonic() by which all are to have ended. logs: a folder, made here."""
 
@@ -115,14 +124,16 @@ class Session:
         for step in self.steps:
             by_gpu.setdefault(step.gpu, []).append(step)
         with ThreadPoolExecutor(len(by_gpu)) as pool:
-            lanes = [pool.submit(self._lane, own) for own in by_gpu.values()]
+            lanes = [pool.submit(self._lane, *lane) for lane in zip(by_gpu.values(), shares(len(by_gpu)), strict=True)]
             try:
                 ended = {one.name: one for lane in lanes for one in lane.result()}
             finally:  # else the pool would wait for lanes that nobody has told
                 self.stopped.set()
         return [ended[step.name] for step in self.steps]
 
-    def _lane(self, steps: list[Step]) -> list[Ended]:
+    def _lane(self, steps: list[Step], cores: set[int]) -> list[Ended]:
+        if cores:
+            os.sched_setaffinity(0, cores)  # of this thread alone; what it starts inherits it
         ended = []
         for step in steps:
             ended.append(self._step(step))

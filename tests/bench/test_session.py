@@ -53,6 +53,27 @@ def test_steps_of_a_gpu_are_in_order_and_a_failure_does_not_stop_the_next(tmp_pa
     assert "no-such-command-at-all" in (tmp_path / "logs" / "three.log").read_text()
 
 
+def test_gpus_share_the_cores(tmp_path, monkeypatch):
+    """One core is enough to see that a command is held to its lane's share, and that this process is not."""
+    mine = os.sched_getaffinity(0)
+    monkeypatch.setattr(session, "shares", lambda lanes: [{min(mine)}, set()][:lanes])
+    code = "import os; print(sorted(os.sched_getaffinity(0)))"
+    Session([python("one", code, 0), python("all", code, 1)], tmp_path / "logs").run()
+    assert (tmp_path / "logs" / "one.log").read_text() == f"{[min(mine)]}\n"
+    assert (tmp_path / "logs" / "all.log").read_text() == f"{sorted(mine)}\n"
+    assert os.sched_getaffinity(0) == mine
+
+
+@pytest.mark.parametrize(("cores", "lanes"), [(64, 4), (7, 2), (2, 3), (1, 1)])
+def test_shares_of_cores_are_equal_and_apart(monkeypatch, cores, lanes):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10, 10 + cores)), raising=False)
+    found = session.shares(lanes)
+    assert [len(share) for share in found] == [cores // lanes] * lanes
+    assert len(set().union(*found)) == lanes * (cores // lanes)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert session.shares(lanes) == [set()] * lanes
+
+
 def test_gpus_work_side_by_side(tmp_path):
     """Each waits for what the other one writes."""
     meet = "import pathlib, time\npathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)"
