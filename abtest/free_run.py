@@ -42,14 +42,15 @@ def free_run(
     resync: before these steps the optimizer takes the state in the file, the reference's. With `kick_seed` the run is a
     replica for the noise floor: kicked at the start and after every resync, and only its losses are asked for. "still"
     names what no step moved; what a resync moves doesn't count. "moved" is the length of each step's update, "rested" names
-    what it left alone, both by `SAMPLE` elements of every tensor: a resync would hide an update that never came.
+    what it left alone, both by `SAMPLE` elements of every tensor: a resync would hide an update that never came. "replays"
+    are those of CUDA graphs in each step.
     """
     out: dict[str, Any] = {key: [] for key in KEYS}
     start, still = _marks(run), set(run.optimizer.masters)
     if kick_seed is not None:
         kick(run, kick_seed)
-    micro_steps = 0
-    with counted_replays() as replays:
+    replays = []
+    with counted_replays() as replayed:
         for step in range(steps):
             if resync and step in resync:
                 still -= _moved(run, start)
@@ -60,11 +61,12 @@ def free_run(
             if before_step is not None:
                 before_step(step)
             batches = step_batches(run, dataset, step)
-            micro_steps += len(batches)
+            earlier = replayed[0]
             _step(run, batches, step, out, kick_seed is None)
+            replays.append(replayed[0] - earlier)
             on_step(step + 1, steps)
     still -= _moved(run, start)
-    return out | {"still": sorted(still), "replays": replays[0], "micro_steps": micro_steps}
+    return out | {"still": sorted(still), "replays": replays}
 
 
 def _marks(run: Run) -> dict[str, str]:

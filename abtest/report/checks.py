@@ -34,7 +34,7 @@ NAMED = {
     "the reference's update is right": 1,
     "weights move": 1,
     "the candidate did work of its own": 1,
-    "graph replays are whole micro-steps": 1,
+    "every step replays as many graphs": 1,
     "the tripwire turns the gate red": 1,
     "update complete": 3,
     "every step moves every tensor": 4,

@@ -153,7 +153,7 @@ def arm(counts: dict, gradients: str = "g", replays: int = 0, red: bool | None =
     build = dict.fromkeys(("weights", "frozen", "seed"), 0)
     build |= {"elements": {"p": 100}, "data": {"content_hash": "d"}, "enabled": ["own"], "changed": True}
     run = {"loss": [1.0], "gradients": [gradients], "state": ["s"], "rng": ["r"], "lr": [0.1], "batch": ["b"], "still": []}
-    run |= {"supervised": [7], "replays": replays, "micro_steps": 4}
+    run |= {"supervised": [7], "replays": [replays]}
     wire = None if red is None else {"red": red, "detail": "nothing happened"}
     update = {"problems": [], "error": 0.0, "limit": 1.0, "name": "p"}
     return Evidence(build, run, update=update, work=counts, tripwire=wire)
@@ -180,10 +180,24 @@ def test_any_work_no_longer_done_is_proof(kind, left):
     assert failing(arm(counts, red=True)) == []
 
 
-def test_other_bits_and_whole_replays_are_proof():
-    assert failing(arm(SAME, gradients="others", red=True)) == failing(arm(SAME, replays=8, red=True)) == []
-    broken = [("graph replays are whole micro-steps", "6 in 4 micro-steps")]
-    assert failing(arm(SAME, replays=6, red=True)) == broken
+def test_other_bits_and_replays_are_proof():
+    assert failing(arm(SAME, gradients="others", red=True)) == failing(arm(SAME, replays=4, red=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("replays", "broken"),
+    [
+        ([0, 8, 8, 8], []),  # graphs of layers, which the first step captures
+        ([4, 4, 4, 4], []),
+        ([4, 4, 0, 4], [("every step replays as many graphs", "0 to 4 in the second half")]),
+        ([4, 4, 4, 3], [("every step replays as many graphs", "3 to 4 in the second half")]),
+        ([4, 0, 0, 0], [("the candidate did work of its own", NO_WORK)]),  # given up
+    ],
+)
+def test_replays_settle(replays, broken):
+    candidate = arm(SAME, red=True)
+    candidate.free_run["replays"] = replays
+    assert failing(candidate) == broken
 
 
 def test_a_tripwire_that_is_not_red_speaks_against_whatever_else_was_proved():

@@ -39,7 +39,7 @@ def evidence() -> Evidence:
     free_run = {
         "loss": [8.0, 7.5, 7.0], "gradients": ["g0", "g1", "g2"], "state": ["s0", "s1", "s2"], "rng": ["r"] * STEPS,
         "lr": [0.1, 0.2, 0.1], "batch": ["b0", "b1", "b2"], "supervised": [5, 7, 6],
-        "moved": [0.1, 0.2, 0.1], "rested": [["q"], [], []], "still": [], "replays": 0, "micro_steps": 6,
+        "moved": [0.1, 0.2, 0.1], "rested": [["q"], [], []], "still": [], "replays": [0, 0, 0],
     }  # fmt: skip
     probed = {
         "problems": [], "elements": 300, "fingerprints": ["f0", "f1"], "packing_error": 1e-6, "packing_error_name": "q",
@@ -148,7 +148,7 @@ PREFLIGHT = {
     "no gradients at one state": (lambda arm: arm.gradients.pop("step 2"), "at step 2: no (the candidate reported none)"),
     "a weight that never moves": (put("free_run", "still", ["q"]), "weights move: no (1 never move, first q)"),
     "a tripwire not red": (lambda arm: arm.tripwire.update(red=False, detail="why"), "turns the gate red: no (why)"),
-    "replays of half a micro-step": (put("free_run", "replays", 9), "are whole micro-steps: no (9 in 6 micro-steps)"),
+    "a step without its replays": (put("free_run", "replays", [2, 2, 0]), "as many graphs: no (0 to 2 in the second half)"),
 }  # fmt: skip
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from kernels import registry
+from kernels.full_ft_linear.kernel import MainGradLinear
 from kernels.linear_cross_entropy import OPTIMIZATION, kernel
 from kernels.linear_cross_entropy.patch import AFTER_THE_HEAD, eligible
 from kernels.supervised_logits.kernel import LEAST_ROWS
@@ -101,6 +103,26 @@ def test_a_tied_weight_gets_its_gradient_once(dtype):
     stock, own = found
     assert stock.dtype == own.dtype == torch.float32
     assert (own - stock).norm() <= (1e-5 if dtype == "float32" else 0.02) * stock.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_beside_full_ft_linear_whichever_comes_first(dtype):
+    """A head that full_ft_linear has swapped is still a product and no more; nothing is counted twice or lost."""
+    batches, found = [batch_of(1, 0.9), batch_of(2, 0.5)], []
+    for names in ([], ["full_ft_linear", "linear_cross_entropy"], ["linear_cross_entropy", "full_ft_linear"]):
+        run = built("llama-tiny", "full", dtype)
+        for name in names:
+            assert registry.discover()[name].eligible(run) is None
+            registry.discover()[name].apply(run)
+        assert (type(run.model.get_output_embeddings()) is MainGradLinear) == bool(names)
+        found.append(accumulated(run, batches))
+    (losses, gradients), *others = found
+    for own_losses, own_gradients in others:
+        torch.testing.assert_close(own_losses, losses, rtol=1e-6 if dtype == "float32" else 1e-2, atol=0)
+        assert own_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            error = (own_gradients[name] - gradient).norm()
+            assert error <= (1e-5 if dtype == "float32" else 0.03) * gradient.norm() + 1e-8, name
 
 
 def test_refuses_a_head_that_is_more_than_a_product(monkeypatch):

@@ -129,7 +129,7 @@ def arm(**changes) -> Evidence:
         "changed": ["p"],
     }  # fmt: skip
     run = {key: ["a", "b"] for key in ("gradients", "state", "rng", "lr", "batch", "supervised", "rested")}
-    run |= {"loss": [2.0, 1.0], "moved": [1.0, 1.0], "still": [], "replays": 2, "micro_steps": 2}
+    run |= {"loss": [2.0, 1.0], "moved": [1.0, 1.0], "still": [], "replays": [1, 1]}
     gradients = {
         state: {"problems": [], "elements": 4, "fingerprints": ["1"], "packing_error": 0.0, "packing_error_name": "",
                 "recurrence_error": (0.0, "")} for state in states
