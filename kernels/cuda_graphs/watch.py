@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import chain
-from operator import is_
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,8 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 class Baked:
-    """Everything of a run that is baked into its graphs. Asked at every micro-step, so each question is a dictionary's.
+    """Everything of a run that is baked into its graphs. Asked at every micro-step, while the device waits: so each question
+    is a dictionary's, and put to thousands of them without a line of Python for each.
 
     What a run held is held here too: nothing new can come to lie at the address of what is gone, and pass for it.
     """
@@ -29,20 +30,20 @@ class Baked:
     def __init__(self, run: Run) -> None:
         self.seams, self.settings = _seams(run), _settings(run)
         self.own = [module.__dict__ for module in run.model.modules()]
-        self.made_of = [(own[kind], tuple(own[kind].values())) for own in self.own for kind in HOLDS if own[kind]]
-        self.flags = [_flags(own) for own in self.own]
-        held = chain.from_iterable(values for _, values in self.made_of)
-        self.tensors = [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
-        self.addresses = [_address(tensor) for tensor in self.tensors]
+        self.made_of = [own[kind] for own in self.own for kind in HOLDS if own[kind]]
+        self.sizes, self.parts, self.flags = _sizes(self.made_of), _parts(self.made_of), _flags(self.own)
+        self.tensors = [part for part in self.parts if isinstance(part, torch.Tensor)]
+        self.places = _places(self.tensors)
 
     def holds(self, run: Run) -> bool:
         """Whether the run is still made of the same objects, at the same addresses, with the same settings."""
         return (
             _same(self.seams, _seams(run))
             and self.settings == _settings(run)
-            and all(_same(before, now.values()) for now, before in self.made_of)
-            and self.flags == [_flags(own) for own in self.own]
-            and self.addresses == [_address(tensor) for tensor in self.tensors]
+            and self.sizes == _sizes(self.made_of)
+            and _same(self.parts, _parts(self.made_of))
+            and self.flags == _flags(self.own)
+            and self.places == _places(self.tensors)
         )
 
 
@@ -64,12 +65,26 @@ def _same(before: Collection[Any], now: Collection[Any]) -> bool:
     return len(before) == len(now) and all(map(is_, before, now))
 
 
-def _flags(own: dict[str, Any]) -> tuple[Any, ...]:
-    return own["training"], own.get("gradient_checkpointing"), "forward" in own
+def _sizes(made_of: list[dict[str, Any]]) -> list[int]:
+    return list(map(len, made_of))
 
 
-def _address(tensor: torch.Tensor) -> tuple[int, bool]:
-    return tensor.data_ptr(), tensor.requires_grad
+def _parts(made_of: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, made_of)))
+
+
+def _flags(own: list[dict[str, Any]]) -> tuple[list[Any], ...]:
+    """Of all modules: whether it trains, whether it recomputes, whether it has a forward of its own."""
+    return (
+        list(map(itemgetter("training"), own)),
+        list(map(dict.get, own, repeat("gradient_checkpointing"))),
+        list(map(contains, own, repeat("forward"))),
+    )
+
+
+def _places(tensors: list[torch.Tensor]) -> tuple[list[Any], ...]:
+    """Where they lie, and which want a gradient."""
+    return list(map(torch.Tensor.data_ptr, tensors)), list(map(attrgetter("requires_grad"), tensors))
 
 
 class Onlookers:
