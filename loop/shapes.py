@@ -1,7 +1,8 @@
 """Named model shapes, built with random weights when there is no checkpoint.
 
-The Qwen3.5 sizes are the text models' published configurations; the tiny ones keep their structure (three gated-delta
-layers to one of full attention, grouped query heads, rope on a quarter) at a size that two CPU cores train in seconds.
+The Qwen3 and Qwen3.5 sizes are the text models' published configurations; the tiny ones keep their structure (of Qwen3.5
+three gated-delta layers to one of full attention, grouped query heads, rope on a quarter) at a size that two CPU cores
+train in seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                                                 "num_attention_heads": 8, "num_key_value_heads": 2}),
     "qwen3.5-2b": ("qwen3_5_text", _QWEN35 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,
                                               "num_attention_heads": 8, "num_key_value_heads": 2}),
+    "qwen3.5-4b": ("qwen3_5_text", _QWEN35 | {"hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
+                                              "num_attention_heads": 16, "num_key_value_heads": 4,
+                                              "linear_num_value_heads": 32}),
+    "qwen3-1.7b": ("qwen3", {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+                             "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+                             "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default",
+                                                                              "rope_theta": 1_000_000.0}}),
     "qwen3-tiny": ("qwen3", _TINY),
     "qwen2-tiny": ("qwen2", {key: value for key, value in _TINY.items() if key != "head_dim"}),
     "llama-tiny": ("llama", _TINY),
