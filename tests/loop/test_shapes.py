@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loop.shapes import SHAPES
 
-# Billions, embeddings left out and on their own, of the text models: from the models' cards, worked out by hand.
+# Billions, embeddings left out and on their own: worked out by hand from the published dimensions of the text models.
 WEIGHTS = {
     "qwen3.5-0.8b": (0.498, 0.254),
     "qwen3.5-2b": (1.373, 0.509),
