@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -124,9 +125,8 @@ class MasterAdamW:
     @torch.no_grad()
     def publish(self) -> None:
         """Rounds the masters into the parameters that compute."""
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                self.parameters[name].copy_(master)
+        pairs = [(self.parameters[name], master) for name, master in self.masters.items()]
+        copy_all((parameter, master) for parameter, master in pairs if parameter is not master)
 
     def zero_grad(self) -> None:
         for master in self.masters.values():
@@ -141,6 +141,15 @@ class MasterAdamW:
                 out[f"{key}.{name}"] = value
         return out
 
+    def moments(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
+        """AdamW's own state of a master, by the names in `MOMENTS`; from here on zeros where there was none yet."""
+        own = self.adamw.state[master]
+        if not own:
+            on_device = any(group["capturable"] or group["fused"] for group in self.adamw.param_groups)
+            step = torch.zeros((), device=master.device if on_device else "cpu")
+            own |= {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+        return own
+
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Takes what `state` gave, into the tensors that are here already: a CUDA graph keeps their addresses.
@@ -148,20 +157,29 @@ class MasterAdamW:
         Moments that a state from before the first step lacks become zero, as they were then. Raises KeyError for a missing
         tensor, RuntimeError for a wrong shape; what came before it is loaded by then.
         """
-        on_device = any(group["capturable"] or group["fused"] for group in self.adamw.param_groups)
         for name, master in self.masters.items():
             _copy(master, state[f"master.{name}"], f"master.{name}")
             given = any(f"{key}.{name}" in state for key in MOMENTS)
-            own = self.adamw.state[master] if given else self.adamw.state.get(master, {})
-            if given and not own:
-                step = torch.zeros((), device=master.device if on_device else "cpu")
-                own |= {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            own = self.moments(master) if given else self.adamw.state.get(master, {})
             for key in own:
                 if given:
                     _copy(own[key], state[f"{key}.{name}"], f"{key}.{name}")
                 else:
                     own[key].zero_()
         self.publish()
+
+
+def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copies each second tensor of a pair to the first, cast as `copy_` casts, in few launches.
+
+    PyTorch makes one a pair if the targets or the sources of a list differ in dtype or device, or one pair in strides.
+    """
+    alike = defaultdict(list)
+    for target, source in pairs:
+        kind = target.dtype, source.dtype, target.device, source.device, target.stride() == source.stride()
+        alike[kind].append((target, source))
+    for some in alike.values():
+        torch._foreach_copy_(*zip(*some, strict=True))
 
 
 def _add(master: torch.Tensor, gradient: torch.Tensor) -> None:

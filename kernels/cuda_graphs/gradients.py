@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from loop.optim import copy_all
 
 Held = tuple[bool, ...]  # which masters have a gradient, in the optimizer's order
 Waiting = dict[Tensor, Tensor]  # gradients that are not added yet, by master, in their parameters' dtype
@@ -70,7 +71,7 @@ class Accumulators:
                 (copied if own is None else added).append((buffer, late))
             if own is not None or late is not None:
                 master.grad = buffer
-        _copy(copied)
+        copy_all(copied)
         _add(added)
 
     def publish(self, given: Held) -> None:
@@ -97,21 +98,12 @@ class Accumulators:
         return self.buffers[name]
 
 
-def _copy(pairs: Iterable[Pair]) -> None:
-    """In few launches: PyTorch makes one a pair if sources of a list differ in dtype, or if one pair differs in strides."""
-    alike = defaultdict(list)
-    for target, source in pairs:
-        alike[source.dtype, source.stride() == target.stride()].append((target, source))
-    for some in alike.values():
-        torch._foreach_copy_(*zip(*some, strict=True))
-
-
 def _add(pairs: list[Pair]) -> None:
-    """As `_copy`; cast first, since PyTorch has no addition of lists of two dtypes in few launches."""
+    """As `copy_all`; cast first, since PyTorch has no addition of lists of two dtypes in few launches."""
     for some in _portions(pairs):
         buffers, gradients = zip(*some, strict=True)
         wide = [torch.empty_like(buffer) for buffer in buffers]
-        _copy(zip(wide, gradients, strict=True))
+        copy_all(zip(wide, gradients, strict=True))
         torch._foreach_add_(buffers, wide)
 
 

@@ -193,21 +193,6 @@ def test_stored_gradients_have_the_bits_of_the_optimizer(sequence, most, monkeyp
             optimizer.zero_grad()
 
 
-def test_only_pairs_of_equal_strides_and_dtype_share_a_launch(launches):
-    buffers = [torch.zeros(3, 2) for _ in range(5)]
-    sources = [torch.arange(6.0).view(3, 2) + 10 * place for place in range(5)]
-    sources[1] = sources[1].bfloat16()
-    sources[2] = sources[2].t().contiguous().t()
-    sources[4] = sources[4].bfloat16()
-    gradients_module._copy(zip(buffers, sources, strict=True))
-    assert all(torch.equal(*pair) for pair in zip(buffers, (source.float() for source in sources), strict=True))
-    assert all(buffer.is_contiguous() for buffer in buffers)
-    places = [
-        [next(i for i, s in enumerate(sources) if s is source) for _, source in one] for one in launches["_foreach_copy_"]
-    ]
-    assert places == [[0, 3], [1, 4], [2]]
-
-
 def test_portions_are_no_larger_than_they_may_be(launches, monkeypatch):
     monkeypatch.setattr(gradients_module, "MOST_CAST", 10)
     pairs = [(torch.zeros(size), torch.ones(size, dtype=torch.bfloat16)) for size in (4, 6, 1, 30, 2, 8, 8)]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from loop.config import OptimConfig
-from loop.optim import MasterAdamW, learning_rate
+from loop.optim import MasterAdamW, copy_all, learning_rate
 
 STEPS = 12
 CONFIG = OptimConfig(lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1, warmup_steps=3, clip_norm=1.0)
@@ -333,3 +333,48 @@ def test_a_tensor_of_another_shape_is_not_spread(name, fresh):
     target = MasterAdamW(parameters(), CONFIG, STEPS) if fresh else optimizer
     with pytest.raises(RuntimeError, match=rf"{name} has shape \[1\]"):
         target.load_state(state)
+
+
+@pytest.fixture
+def copied(monkeypatch) -> list[list[torch.Tensor]]:
+    """The targets of every `_foreach_copy_`."""
+    seen, function = [], torch._foreach_copy_
+
+    def call(targets, sources) -> None:
+        seen.append(list(targets))
+        function(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", call)
+    return seen
+
+
+def test_only_pairs_of_equal_strides_and_dtypes_are_copied_together(copied):
+    targets = [torch.zeros(3, 2, dtype=torch.bfloat16 if place == 5 else torch.float32) for place in range(6)]
+    sources = [torch.arange(6.0).view(3, 2) + 10 * place for place in range(6)]
+    sources[1] = sources[1].bfloat16()
+    sources[2] = sources[2].t().contiguous().t()
+    sources[4] = sources[4].bfloat16()
+    copy_all(zip(targets, sources, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(targets, (source.float() for source in sources), strict=True))
+    assert all(target.is_contiguous() for target in targets)
+    assert [[next(i for i, t in enumerate(targets) if t is target) for target in one] for one in copied] == [
+        [0, 3], [1, 4], [2], [5],
+    ]  # fmt: skip
+    copied.clear()
+    copy_all([])
+    assert copied == []
+
+
+def test_publishing_rounds_as_copying_does_and_all_at_once(copied):
+    """Halves between two bf16 numbers, subnormal, too large, infinite and NaN; an own master is copied nowhere."""
+    values = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-9), 1e-40, 3.4e38, -0.0, math.inf, math.nan, 0.1])
+    params = {name: nn.Parameter(torch.zeros(9, dtype=torch.bfloat16)) for name in "ab"}
+    params["own"] = nn.Parameter(torch.ones(9))
+    optimizer = MasterAdamW(params, CONFIG, STEPS)
+    with torch.no_grad():
+        for name in "ab":
+            optimizer.masters[name].copy_(values)
+    optimizer.publish()
+    wanted = torch.zeros(9, dtype=torch.bfloat16).copy_(values)
+    assert all(torch.equal(params[name].detach().view(torch.int16), wanted.view(torch.int16)) for name in "ab")
+    assert [len(one) for one in copied] == [2]
