@@ -24,7 +24,7 @@ from loop.batch import PackedBatch
 from loop.delta_net import CHUNK, Pack
 
 ROWS, CHUNKS, GROUPS = "rows", "chunks", "groups"
-ROW_STEPS, LEAST_ROW_STEP = 16, 64  # a step is at most a sixteenth of the positions: finer packs into more graphs
+ROW_STEPS, LEAST_ROW_STEP = 8, 64  # a step is at most an eighth of the positions: finer packs into more graphs
 CHUNK_STEPS, LEAST_CHUNK_STEP = 4, 4  # and at most a fourth of the chunks that positions without boundaries would have
 
 
