@@ -33,6 +33,7 @@ from abtest.probes import Probe, memorised, memorised_probes, probes
 from abtest.projection import keep
 from abtest.states import Held
 from abtest.stopwatch import Stopwatch
+from kernels.interpreter import exchange_language_once
 from loop.config import Config
 from loop.data import Dataset
 from loop.errors import UserError
@@ -244,6 +245,7 @@ def main(make: Callable[[TextIO], Worker] = Worker, ahead: Sequence[str] = ("pef
             importlib.import_module(module)
     gc.freeze()
     gc.enable()
+    exchange_language_once()
     worker = make(answers)
     for line in sys.stdin:
         request = json.loads(line)

@@ -29,6 +29,10 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+from kernels.interpreter import exchange_language_once  # late: it imports triton
+
+exchange_language_once()
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job; tests and their processes get Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
