@@ -2,7 +2,7 @@
 
 The Qwen3 and Qwen3.5 sizes are the text models' published configurations; the tiny ones keep their structure (of Qwen3.5
 three gated-delta layers to one of full attention, grouped query heads, rope on a quarter) at a size that two CPU cores
-train in seconds.
+train in seconds. The shallow one has a layer of either kind, for gates in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ _QWEN35 = {"vocab_size": 248_320, "head_dim": 256, "linear_num_key_heads": 16, "
                                                             "partial_rotary_factor": 0.25}}  # fmt: skip
 _TINY = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}  # fmt: skip
+_TINY_DELTA = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
+               "linear_num_value_heads": 4}  # fmt: skip
 
 # name -> (transformers model type, configuration). A tiny shape takes its vocabulary from the tokenizer.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3.5-tiny": ("qwen3_5_text", _TINY | {"linear_key_head_dim": 32, "linear_value_head_dim": 32,
-                                              "linear_num_key_heads": 2, "linear_num_value_heads": 4}),
+    "qwen3.5-tiny": ("qwen3_5_text", _TINY | _TINY_DELTA),
+    "qwen3.5-shallow-tiny": ("qwen3_5_text", _TINY | _TINY_DELTA | {
+        "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}),
     "qwen3.5-0.8b": ("qwen3_5_text", _QWEN35 | {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24,
                                                 "num_attention_heads": 8, "num_key_value_heads": 2}),
     "qwen3.5-2b": ("qwen3_5_text", _QWEN35 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,

@@ -1,7 +1,7 @@
 """Every optimization through the whole gate, in processes of its own, on a small hybrid model.
 
 As much evidence as `python -m abtest.run` gathers; only the model and its packs are smaller. On a GPU in bf16; elsewhere in
-fp32, since Triton's interpreter truncates bf16.
+fp32, since Triton's interpreter truncates bf16, and with one layer of either kind, since it takes its time over each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = GateConfig(parallel=2)  # everything else as the command has it: fewer steps or probes would be another gate
 CONFIG = gate_config(
     Config(
-        model="qwen3.5-tiny",
+        model="qwen3.5-tiny" if DEVICE.type == "cuda" else "qwen3.5-shallow-tiny",
         device=DEVICE.type,
         dtype="bfloat16" if DEVICE.type == "cuda" else "float32",
         gradient_checkpointing=True,
