@@ -2,7 +2,8 @@
 
 The Qwen3 and Qwen3.5 sizes are the text models' published configurations; the tiny ones keep their structure (of Qwen3.5
 three gated-delta layers to one of full attention, grouped query heads, rope on a quarter) at a size that two CPU cores
-train in seconds. The shallow one has a layer of either kind, for gates in Triton's interpreter.
+train in seconds. The shallow ones have two layers, one of either kind where there are two, for tests of the gate and for
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                              "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default",
                                                                               "rope_theta": 1_000_000.0}}),
     "qwen3-tiny": ("qwen3", _TINY),
+    "qwen3-shallow-tiny": ("qwen3", _TINY | {"num_hidden_layers": 2}),
     "qwen2-tiny": ("qwen2", {key: value for key, value in _TINY.items() if key != "head_dim"}),
     "llama-tiny": ("llama", _TINY),
     "mistral-tiny": ("mistral", _TINY | {"sliding_window": 96}),

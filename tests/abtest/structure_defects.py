@@ -248,7 +248,7 @@ class Defect:
     plant: Callable[[Run], None]
     fails: tuple[str, ...]
     alone: bool = True
-    model: str = "qwen3-tiny"
+    model: str = "qwen3-shallow-tiny"
     detail: str = ""
 
 
@@ -271,14 +271,14 @@ DEFECTS = {
     "row unwritten": Defect(unwritten_row, (MEMORY,), detail="nan, 10000"),
     "scaled in place": Defect(scales_in_place, (BACKWARD,), alone=False),
     "saved tensor clobbered": Defect(clobbers_saved, (BACKWARD,)),
-    "delta-rule state leaks": Defect(find("state_leak:first:1").apply, APART, model="qwen3.5-tiny"),
-    "convolution leaks": Defect(find("conv_leak:last:1").apply, APART, model="qwen3.5-tiny"),
-    "convolution leaks at boundary 2": Defect(one_boundary(2), APART, model="qwen3.5-tiny"),
-    "convolution leaks at boundary 3": Defect(one_boundary(3), APART, model="qwen3.5-tiny"),
+    "delta-rule state leaks": Defect(find("state_leak:first:1").apply, APART, model="qwen3.5-shallow-tiny"),
+    "convolution leaks": Defect(find("conv_leak:last:1").apply, APART, model="qwen3.5-shallow-tiny"),
+    "convolution leaks at boundary 2": Defect(one_boundary(2), APART, model="qwen3.5-shallow-tiny"),
+    "convolution leaks at boundary 3": Defect(one_boundary(3), APART, model="qwen3.5-shallow-tiny"),
     "attention leaks": Defect(find("attention_leak:last:1").apply, APART),
     "attention leaks in a window": Defect(find("attention_leak:first:1").apply, APART, model="mistral-tiny"),
     "state leaks backward alone": Defect(
-        find("backward_state_leak:first:1").apply, BACKWARD_APART, detail="position ", model="qwen3.5-tiny"
+        find("backward_state_leak:first:1").apply, BACKWARD_APART, detail="position ", model="qwen3.5-shallow-tiny"
     ),
     "gradient leaks": Defect(gradient_across, BACKWARD_APART, detail="position "),
     "a leak in the micro-step alone": Defect(step_leaks, (STEP_APART,), detail="odd and even"),

@@ -35,7 +35,7 @@ CONFIG = Config(
 
 
 @functools.cache
-def built(method: str, model: str = "qwen3.5-tiny") -> Run:
+def built(method: str, model: str = "qwen3.5-shallow-tiny") -> Run:
     """Adapters that add something, and slow decays in every other head, so that a state that leaks is still there."""
     run, _ = build(dataclasses.replace(CONFIG, method=method, model=model))
     generator = torch.Generator().manual_seed(1)

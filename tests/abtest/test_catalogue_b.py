@@ -30,8 +30,9 @@ ONLY = {  # what alone they change; everything else changes gradients or weights
 CUDA_ONLY = {"race", "on_another_stream"}
 NARROW = 96  # positions of a row of the batch that has two
 CONFIG = Config(
-    steps=4, device="cpu", dtype="float32", grad_accum=2, repeatable_attention=True, lora=LoraConfig(rank=4, alpha=8.0),
-    data=DataConfig(pack_length=192), optim=OptimConfig(clip_norm=0.1),  # gradients are larger: it clips
+    model="qwen3.5-shallow-tiny", steps=4, device="cpu", dtype="float32", grad_accum=2, repeatable_attention=True,
+    lora=LoraConfig(rank=4, alpha=8.0), data=DataConfig(pack_length=192),
+    optim=OptimConfig(clip_norm=0.1),  # gradients are larger: it clips
 )  # fmt: skip
 
 

@@ -20,14 +20,14 @@ from kernels import registry
 from loop.run import Run
 from loop.training import accumulate, build
 
-# qwen3.5-tiny, weights of each matrix as (in, out); three delta layers and one of attention, vocabulary of 4096
+# Weights of each matrix as (in, out); a delta layer and one of attention, vocabulary of 4096
 MLP = [(128, 384), (128, 384), (384, 128)]
 DELTA = [(128, 256), (128, 128), (128, 128)]  # in_proj_qkv: 2 x 64 keys + 128 values; in_proj_z; out_proj
 DECAY = [(128, 4), (128, 4)]  # in_proj_a and in_proj_b, without adapters
 ATTENTION = [(128, 256), (128, 64), (128, 64), (128, 128)]  # q with its gate, k, v, o
 HEAD = [(128, 4096)]
-ADAPTED = 4 * MLP + 3 * DELTA + ATTENTION
-ALL = ADAPTED + 3 * DECAY + HEAD
+ADAPTED = 2 * MLP + DELTA + ATTENTION
+ALL = ADAPTED + DECAY + HEAD
 WEIGHTS = sum(width * height for width, height in ALL)
 RANK = CONFIG.lora.rank
 ADAPTERS = sum(RANK * (width + height) for width, height in ADAPTED)

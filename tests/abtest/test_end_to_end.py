@@ -35,8 +35,8 @@ from loop.lora import Adapter, adapters
 from loop.optim import learning_rate
 from loop.run import Run
 
-CONFIG = dataclasses.replace(TINY, model="qwen3-tiny", steps=6, data=DataConfig(pack_length=96))
-HYBRID = dataclasses.replace(CONFIG, model="qwen3.5-tiny")
+CONFIG = dataclasses.replace(TINY, model="qwen3-shallow-tiny", steps=6, data=DataConfig(pack_length=96))
+HYBRID = dataclasses.replace(CONFIG, model="qwen3.5-shallow-tiny")
 SETTINGS = GateConfig(steps=6, replicas=4, probes=4, repeats=2)
 ROW, SCALE = "gradient error ratio, worst row", "gradient scale error"
 WORST, MEAN = "gradient error ratio, worst parameter", "gradient error ratio, geometric mean"

@@ -28,7 +28,7 @@ from loop.config import DataConfig
 from loop.optim import learning_rate
 from loop.run import Run
 
-CONFIG = dataclasses.replace(TINY, model="qwen3-tiny", steps=6, data=DataConfig(pack_length=96))  # any model would do
+CONFIG = dataclasses.replace(TINY, model="qwen3-shallow-tiny", steps=6, data=DataConfig(pack_length=96))
 SETTINGS = GateConfig(steps=6, replicas=4, probes=4, repeats=3)
 SCALED = "lora_scale_off:first:0.01"
 
@@ -149,7 +149,7 @@ def test_a_wrong_reference_does_not_make_a_right_candidate_pass(scaled, experime
 
 def not_a_number(run: Run) -> None:
     """One element of one gradient."""
-    name = next(name for name in run.optimizer.masters if "layers.2" in name)
+    name = next(name for name in run.optimizer.masters if "layers.1" in name)
 
     def change(original, *arguments):
         loss = original(*arguments)
@@ -160,7 +160,7 @@ def not_a_number(run: Run) -> None:
 
 
 def without_one(run: Run) -> None:
-    name = next(name for name in run.optimizer.masters if "layers.2" in name)
+    name = next(name for name in run.optimizer.masters if "layers.1" in name)
 
     def change(original, *arguments):
         loss = original(*arguments)
@@ -175,7 +175,7 @@ def without_one(run: Run) -> None:
 )
 def test_a_gradient_wrong_in_kind_is_invalid(apply, words, gated, experiment):
     verdict = gated(apply).verdict
-    name = next(name for name in experiment.reference.build["elements"] if "layers.2" in name)
+    name = next(name for name in experiment.reference.build["elements"] if "layers.1" in name)
     assert verdict.level is Level.INVALID
     assert verdict.reason == f"gradients complete and finite at step 0: no ({name}: {words})"
 

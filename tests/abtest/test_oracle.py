@@ -140,7 +140,9 @@ def test_a_bf16_runs_oracle_has_the_gradients_of_its_rounded_weights(method, own
 
 def test_only_a_large_bf16_model_is_computed_in_fp32(monkeypatch):
     monkeypatch.setattr(oracle, "FP64_PARAMETERS", 1000)
-    runs = {dtype: tiny("qwen3-tiny", dtype=dtype, gradient_checkpointing=True)[0] for dtype in ("float32", "bfloat16")}
+    runs = {
+        dtype: tiny("qwen3-shallow-tiny", dtype=dtype, gradient_checkpointing=True)[0] for dtype in ("float32", "bfloat16")
+    }
     assert {dtype: make_exact(run) for dtype, run in runs.items()} == {"float32": torch.float64, "bfloat16": torch.float32}
     low = runs["bfloat16"]
     assert low.model.is_gradient_checkpointing and all(p.dtype is torch.float32 for p in low.model.parameters())
@@ -151,7 +153,7 @@ def test_only_a_large_bf16_model_is_computed_in_fp32(monkeypatch):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_released_optimizer_gets_nothing_any_more(method):
     """The hooks that move a bf16 gradient to its master are gone, so that another optimizer's find it where it was."""
-    low, _ = tiny("qwen3-tiny", dtype="bfloat16", method=method)
+    low, _ = tiny("qwen3-shallow-tiny", dtype="bfloat16", method=method)
     optimizer, batch = low.optimizer, tricky(low, 0)
     held = len(optimizer.hooks)
     assert held == sum(p.dtype is torch.bfloat16 for p in optimizer.parameters.values()) > 0
@@ -208,7 +210,7 @@ def test_the_chunked_delta_rule_is_the_recurrence_and_a_wrong_one_shows(run, own
     with pytest.raises(TypeError):
         oracle.recurrence_error(run, batch, torch.float64)
     assert layers and all(type(module) is PackedDeltaNet for module in layers)
-    assert oracle.recurrence_error(exact(model="qwen3-tiny"), batch, torch.float64) is None
+    assert oracle.recurrence_error(exact(model="qwen3-shallow-tiny"), batch, torch.float64) is None
 
 
 @pytest.mark.parametrize("leak", ["state_leak:first:1", "conv_leak:first:1", "attention_leak:first:1"])

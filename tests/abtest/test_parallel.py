@@ -26,7 +26,7 @@ from kernels.contract import Exactness
 from loop.config import DataConfig
 
 CONFIG = dataclasses.replace(
-    TINY, model="qwen3-tiny", steps=4, grad_accum=1, data=DataConfig(pack_length=64), gradient_checkpointing=True
+    TINY, model="qwen3-shallow-tiny", steps=4, grad_accum=1, data=DataConfig(pack_length=64), gradient_checkpointing=True
 )
 SETTINGS = GateConfig(steps=4, replicas=2, probes=3, repeats=2)
 FIRST = ArmSpec("keep_activations", CONFIG, ("keep_activations",))

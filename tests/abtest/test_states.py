@@ -75,7 +75,7 @@ def test_a_bf16_run_keeps_its_masters(tmp_path: Path) -> None:
 
 def test_the_oracle_gets_the_rounded_weights(tmp_path: Path) -> None:
     """A run raised to a higher precision after `Held.of` still computes on what the arm's dtype holds."""
-    path, (run, _) = tmp_path / "state.safetensors", tiny(method="full")
+    path, (run, _) = tmp_path / "state.safetensors", tiny("qwen3.5-tiny", "full")
     Held.of(run).save(run, path)
     exact = built(method="full", dtype="bfloat16")
     held = Held.of(exact)

@@ -28,7 +28,7 @@ def failures(run: Run) -> set[str]:
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("model", ["qwen3.5-tiny", "qwen3-tiny", "mistral-tiny"])
+@pytest.mark.parametrize("model", ["qwen3.5-shallow-tiny", "qwen3-shallow-tiny", "mistral-tiny"])
 def test_the_reference_passes(model: str, method: str, checkpointed: bool) -> None:
     run, _ = tiny(model, method, gradient_checkpointing=checkpointed)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}

@@ -31,15 +31,15 @@ def reference(tmp_path_factory) -> tuple[Path, Path]:
     """The reference's trace and the oracle's."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trace")
-    exact, _ = tiny()
+    exact, _ = tiny("qwen3.5-tiny")
     dtype = make_exact(exact)
     with exact_arithmetic(dtype):
         oracle = traced(exact, folder / "oracle.safetensors")
-    return traced(tiny()[0], folder / "stock.safetensors"), oracle
+    return traced(tiny("qwen3.5-tiny")[0], folder / "stock.safetensors"), oracle
 
 
 def rows_of(reference: tuple[Path, Path], plant: Callable[[Run], None], folder: Path, **changes) -> list[dict]:
-    run, _ = tiny(**changes)
+    run, _ = tiny("qwen3.5-tiny", **changes)
     plant(run)
     return compare(reference[0], traced(run, folder / "candidate.safetensors"), reference[1])
 
@@ -132,11 +132,11 @@ def test_a_fused_layer_is_traced_as_a_whole(reference, tmp_path: Path) -> None:
 
 def test_places_are_named_the_same_with_adapters_and_without() -> None:
     for method in ("lora", "full"):
-        assert sorted(places(tiny(method=method)[0].model)) == sorted(EVERY)
+        assert sorted(places(tiny("qwen3.5-tiny", method=method)[0].model)) == sorted(EVERY)
 
 
 def test_full_training_shows_what_arrives_at_the_embedding(tmp_path: Path) -> None:
-    run, _ = tiny(method="full")
+    run, _ = tiny("qwen3.5-tiny", method="full")
     kept = load_file(traced(run, tmp_path / "full.safetensors"))
     assert set(kept) == {f"{phase} {place}" for phase in ("forward", "backward") for place in EVERY}
     assert all(value.shape == (1, tricky(run, 1).positions, 128) for value in kept.values())
@@ -152,7 +152,7 @@ def test_a_number_that_is_none_is_not_the_same(reference, tmp_path: Path) -> Non
 
 
 def test_a_trace_leaves_nothing_behind(tmp_path: Path) -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     batch = tricky(run, 2)
     before = gradients(run, batch)
     traced(run, tmp_path / "one.safetensors")

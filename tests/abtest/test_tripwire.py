@@ -34,7 +34,7 @@ def copied(run: Run, name: str) -> None:
 
 
 def test_nothing_is_exchanged_in_a_run_left_alone() -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     before = parts(run)
     run.micro_step(run, tricky(run, 0), 50)
     run.optimizer.step(0)
@@ -42,7 +42,7 @@ def test_nothing_is_exchanged_in_a_run_left_alone() -> None:
 
 
 def test_only_the_outermost_is_named() -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     before = parts(run)
     layer = copy.copy(run.model.get_submodule(f"{LAYERS}.1"))
     layer._modules = dict(layer._modules)
@@ -53,7 +53,7 @@ def test_only_the_outermost_is_named() -> None:
 
 
 def test_a_name_that_begins_like_another_is_not_inside_it() -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     run.model.one, run.model.one_more = nn.Identity(), nn.Identity()
     before = parts(run)
     run.model.one, run.model.one_more = nn.Identity(), nn.Identity()
@@ -61,7 +61,7 @@ def test_a_name_that_begins_like_another_is_not_inside_it() -> None:
 
 
 def test_the_other_seams_are_named() -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     before = parts(run)
     wrap_head(run, lambda original: lambda *inputs: original(*inputs))
     wrap_micro_step(run, lambda original: lambda *inputs: original(*inputs))
@@ -70,7 +70,7 @@ def test_the_other_seams_are_named() -> None:
 
 
 def test_another_attention_function_is_the_attention_exchanged() -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     before = parts(run)
     use_attention(run, "tripwire_test", lambda *inputs, **options: attend(*inputs, **options), "sdpa")
     assert exchanged(before, run) == [f"{LAYERS}.3.self_attn"]
@@ -91,7 +91,7 @@ def a_hook(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [another_class, another_forward, a_hook])
 def test_a_module_changed_in_place_is_exchanged(change: Callable[[nn.Module], None]) -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     before = parts(run)
     change(run.model.get_submodule(f"{LAYERS}.0.mlp"))
     assert exchanged(before, run) == [f"{LAYERS}.0.mlp"]
@@ -107,7 +107,7 @@ def seen(run: Run) -> tuple[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("what", [f"{LAYERS}.0.linear_attn", f"{LAYERS}.3.self_attn", f"{LAYERS}.3.mlp", "run.loss_head"])
 def test_what_is_bent_changes_gradients_and_nothing_stays_bent(what: str) -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     mark, before = seen(run)
     head, hooks = run.loss_head, [len(module._forward_hooks) for module in run.model.modules()]
     with bent(run, ["run.micro_step", what]) as names:
@@ -119,7 +119,7 @@ def test_what_is_bent_changes_gradients_and_nothing_stays_bent(what: str) -> Non
 
 
 def test_an_error_straightens_everything() -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     mark, head = seen(run)[0], run.loss_head
     with pytest.raises(KeyError), bent(run, [f"{LAYERS}.0.mlp", "run.loss_head"]):
         raise KeyError
@@ -127,7 +127,7 @@ def test_an_error_straightens_everything() -> None:
 
 
 def test_a_bent_loss_head_scales_every_gradient() -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     _, before = seen(run)
     with bent(run, ["run.loss_head"]):
         _, after = seen(run)
@@ -196,13 +196,13 @@ def unreached(run: Run, operator: str) -> bool:
 @pytest.mark.parametrize("used", [True, False])
 @pytest.mark.parametrize("writing", [False, True], ids=["returns", "writes"])
 def test_an_operator_whose_result_is_thrown_away_is_unreached(operators, writing: bool, used: bool) -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     through(run, writes_to(operators.doubled_into) if writing else operators.double, used)
     assert unreached(run, "doubled_into" if writing else "double") is not used
 
 
 def test_an_operator_of_integers_can_not_be_bent(operators) -> None:
-    run, _ = tiny()
+    run, _ = tiny("qwen3.5-tiny")
     through(run, lambda x: (2 * x, operators.count(x))[0], used=True)
     assert not unreached(run, "count")
 

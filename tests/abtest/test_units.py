@@ -55,7 +55,7 @@ PLANTED = Planted(
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> tuple[dict[str, dict], list[dict]]:
     """Lines by the case's id, and the sweep's."""
-    config = dataclasses.replace(CONFIG, model="qwen3-tiny", steps=GATE.steps, data=DataConfig(pack_length=128))
+    config = dataclasses.replace(CONFIG, model="qwen3-shallow-tiny", steps=GATE.steps, data=DataConfig(pack_length=128))
     mutants = (SCALED, EQUIVALENT, SKIPS, CRASHES, HAS_NONE)
     unit = Unit(config, GATE, ("static_lora",), "holdout", BENIGN, mutants, (SWEEP, HAS_NONE))
     before = torch.get_num_threads()

@@ -22,6 +22,7 @@ from loop.training import build
 LENGTH = 192
 ATOMS = (bool, float, int, str, type(None))
 CONFIG = Config(
+    model="qwen3.5-shallow-tiny",
     steps=4,
     device="cpu",
     dtype="float32",
@@ -32,7 +33,7 @@ CONFIG = Config(
 )
 
 
-def tiny(model: str = "qwen3.5-tiny", method: str = "lora", **changes: Any) -> tuple[Run, Dataset]:
+def tiny(model: str = "qwen3.5-shallow-tiny", method: str = "lora", **changes: Any) -> tuple[Run, Dataset]:
     """A run whose adapters add something and whose every other delta head forgets slowly, so that defects show."""
     run, dataset = build(dataclasses.replace(CONFIG, model=model, method=method, **changes))
     generator = torch.Generator().manual_seed(1)
