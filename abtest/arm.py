@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from abtest import template
 from loop.config import Config
 from loop.errors import UserError
 from loop.recipe import to_plain
@@ -62,6 +63,9 @@ class Arm:
         self.running = self.spec.worker
         self.log = self.folder / f"{self.spec.name}.log"
         with self.log.open("wb") as log:
+            if self.running == WORKER and template.usable():
+                self.process = template.forked(self.environment, log.fileno())
+                return
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *self.running], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 cwd=ROOT, env=self.environment, text=True, encoding="utf-8",

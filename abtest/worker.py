@@ -45,6 +45,7 @@ from loop.training import build, switch_on
 # Probes on which the reference's packed path is compared with unpacked documents: several at the two states where a leak
 # shows most and where it costs least, elsewhere the one with the most boundaries.
 PACKED_PROBES, TRICKY = 4, 1
+AHEAD = ("peft", "transformers")  # what every arm imports, and takes its time
 
 
 class Worker(Examiner, Stopwatch):
@@ -235,16 +236,21 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def main(make: Callable[[TextIO], Worker] = Worker, ahead: Sequence[str] = ("peft", "transformers")) -> None:
-    """Carries out commands until there are no more. ahead: modules to import while nobody waits."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+def import_ahead(modules: Sequence[str] = AHEAD) -> None:
+    """Imports what is there of `modules`; nobody waits for it yet."""
     gc.disable()  # what is imported stays: going through it time and again takes a fifth of the start
-    for module in ahead:  # the first command may come later
+    for module in modules:
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module)
     gc.freeze()
     gc.enable()
+
+
+def main(make: Callable[[TextIO], Worker] = Worker, ahead: Sequence[str] = AHEAD) -> None:
+    """Carries out commands until there are no more. ahead: modules to import before the first one comes."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    import_ahead(ahead)
     exchange_language_once()
     worker = make(answers)
     for line in sys.stdin:

@@ -59,6 +59,7 @@ def start(tmp_path, monkeypatch):
     worker_like = STAND_IN.format(python=sys.executable, root=str(ROOT))
     script.touch(stat.S_IRWXU)
     monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr("abtest.template.usable", lambda: False)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def make(what: str) -> Arm:

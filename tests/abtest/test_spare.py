@@ -37,6 +37,7 @@ def experiment(tmp_path, settings, monkeypatch) -> Experiment:
     script.write_text(STAND_IN, encoding="utf-8")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr("abtest.template.usable", lambda: False)
     return Experiment(CONFIG, settings, tmp_path, dict(os.environ), silent)
 
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from abtest import template
 from abtest.arm import ArmFailed
 from abtest.evidence import Evidence
 from abtest.experiment import Candidate
@@ -36,7 +37,7 @@ from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    "--device", "cpu", "--model", "qwen3-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3",
+    "--device", "cpu", "--model", "qwen3-shallow-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3",
     "--gate.repeats", "2", "--timing.blocks", "2", "--timing.micro-batches", "1", "--data.pack-length", "64", "--no-micro",
     "--no-gradient-checkpointing", "--lora.rank", "4",
 ]  # fmt: skip
@@ -174,7 +175,8 @@ def test_ctrl_c_ends_it_cleanly_and_a_second_run_appends(running):
     for line in process.stderr:
         if "static_lora: gradients" in line:
             break
-    assert len(workers_of(process.pid)) == 4  # itself, stock, static_lora, and the spare for the arm after it
+    # Itself, stock, static_lora, the spare for the arm after it, and what they are forked from.
+    assert len(workers_of(process.pid)) == 4 + template.usable()
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -1,0 +1,190 @@
+"""A process that has imported what every arm imports, and becomes an arm's by forking: the rest of a small arm's start.
+
+Only where there is no GPU: a driver that was asked for one can't be forked. What an arm builds, trains and draws comes after
+the fork, so arms share nothing but modules. A template ends with the process that started it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULE = "abtest.template"
+MESSAGE = 1 << 20  # bytes of a request, at most: an environment
+ANOTHER_EACH_TIME = {"PYTEST_CURRENT_TEST"}  # variables that no import reads
+_one_at_a_time = threading.Lock()
+_templates: dict[tuple, socket.socket] = {}  # where each takes requests, by its interpreter and environment
+
+
+class Forked:
+    """As much of `subprocess.Popen` as an arm needs, of a process that the template forks as soon as it has imported."""
+
+    def __init__(self, status: socket.socket, stdin: int, stdout: int) -> None:
+        self._status, self._pid, self.returncode = status, None, None
+        self.stdin = os.fdopen(stdin, "w", encoding="utf-8")
+        self.stdout = os.fdopen(stdout, encoding="utf-8")
+
+    @property
+    def pid(self) -> int:
+        while self._pid is None and self._told(None):
+            pass
+        return self._pid
+
+    def poll(self) -> int | None:
+        while self.returncode is None and self._told(0):
+            pass
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        while self.returncode is None:
+            if not self._told(timeout):
+                raise subprocess.TimeoutExpired(MODULE, timeout)
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None and self.pid is not None and self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _told(self, timeout: float | None) -> bool:
+        """Takes what the template says next, if it says it within `timeout` seconds: first the pid, then the status. One
+        that says nothing any more has been killed, and what it forked finds nobody to answer."""
+        if not select.select([self._status], [], [], timeout)[0]:
+            return False
+        told = self._status.recv(64)
+        if self._pid is None and told:
+            self._pid = int(told)
+        else:
+            self.returncode = int(told or -signal.SIGKILL)
+            self._status.close()
+        return True
+
+
+def usable() -> bool:
+    return hasattr(os, "pidfd_open") and not torch.cuda.is_available()
+
+
+def forked(environment: Mapping[str, str], log: int) -> Forked:
+    """A process that runs `abtest.worker` in `environment`, its stderr in the file `log`. Waits for nothing."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    read, stdin = os.pipe()
+    stdout, write = os.pipe()
+    request, given = json.dumps(dict(environment)).encode(), [theirs.fileno(), read, write, log]
+    key = (sys.executable, *sorted(item for item in environment.items() if item[0] not in ANOTHER_EACH_TIME))
+    with _one_at_a_time:
+        try:
+            if key not in _templates:
+                _templates[key] = _start(environment, log)
+            socket.send_fds(_templates[key], [request], given)
+        except (BrokenPipeError, ConnectionResetError):  # somebody ended it
+            _templates[key] = _start(environment, log)
+            socket.send_fds(_templates[key], [request], given)
+    theirs.close()
+    os.close(read)
+    os.close(write)
+    return Forked(ours, stdin, stdout)
+
+
+def _start(environment: Mapping[str, str], log: int) -> socket.socket:
+    """Where a new template takes requests; what it says while it imports is in the file `log`."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", MODULE], stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=log, cwd=ROOT,
+            env=dict(environment),
+        )  # fmt: skip
+    atexit.register(process.kill)  # it may still be importing, for nobody
+    return ours
+
+
+# The template's own process
+
+
+class _Children:
+    """Those that it forked: who is told of each one's end, by a descriptor that becomes readable then."""
+
+    def __init__(self) -> None:
+        self.told: dict[int, tuple[int, socket.socket]] = {}
+
+    def add(self, pid: int, status: socket.socket) -> None:
+        status.send(str(pid).encode())
+        self.told[os.pidfd_open(pid)] = (pid, status)
+
+    def ended(self, descriptor: int) -> None:
+        pid, status = self.told.pop(descriptor)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.close(descriptor)
+        with status, contextlib.suppress(BrokenPipeError):  # nobody may want to know any more
+            status.send(str(code).encode())
+
+    def forget(self) -> None:
+        """In a child, which has nothing to do with the others."""
+        for descriptor, (_, status) in self.told.items():
+            os.close(descriptor)
+            status.close()
+
+
+def serve(control: socket.socket) -> dict[str, Any] | None:
+    """Forks for every request. Returns in each child, with its environment; in the template itself None, when whoever
+    started it has ended."""
+    children = _Children()
+    while True:
+        ready = select.select([control, *children.told], [], [])[0]
+        for descriptor in ready:
+            if descriptor is not control:
+                children.ended(descriptor)
+        if control not in ready:
+            continue
+        message, descriptors, _, _ = socket.recv_fds(control, MESSAGE, 4)
+        if not message:
+            return None
+        status, *given = descriptors
+        status = socket.socket(fileno=status)
+        pid = os.fork()
+        if pid == 0:
+            children.forget()
+            status.close()
+            for own, descriptor in enumerate(given):
+                os.dup2(descriptor, own)
+                os.close(descriptor)
+            return json.loads(message)
+        children.add(pid, status)
+        for descriptor in given:
+            os.close(descriptor)
+
+
+def main() -> None:
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who work
+    from abtest import worker  # late: it is what takes its time
+
+    control = socket.socket(fileno=os.dup(0))
+    worker.import_ahead()
+    environment = serve(control)
+    if environment is None:
+        return
+    control.close()
+    signal.signal(signal.SIGINT, interrupt)
+    os.environ.clear()
+    os.environ.update(environment)
+    worker.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking everything down would first copy all of the template's memory
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Arms that are forked from a process which has imported everything: processes like any others, and nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CONFIG
+
+from abtest import template
+from abtest.arm import ROOT, Arm, ArmFailed, ArmSpec
+
+pytestmark = pytest.mark.skipif(not template.usable(), reason="arms are not forked here")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+DRIVER = """
+import os, sys
+from pathlib import Path
+from abtest.arm import Arm, ArmSpec
+from loop.config import Config
+
+arm = Arm(ArmSpec("orphan", Config(device="cpu")), Path(sys.argv[1]), dict(os.environ))
+print(arm.process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def arm(folder: Path, name: str = "stock", **variables: str) -> Arm:
+    return Arm(ArmSpec(name, CONFIG), folder, ENVIRONMENT | variables)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def gone(pid: int, within: float = 30.0) -> bool:
+    """Whether a process ends in time; one that nobody waits for is done with when it is a zombie."""
+    for _ in range(int(within / 0.05)):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_arms_of_an_environment_are_forked_by_one_template(tmp_path):
+    with arm(tmp_path) as one, arm(tmp_path, "other", PYTEST_CURRENT_TEST="another") as other:
+        assert one.process.pid != other.process.pid != os.getpid()
+        assert parent(one.process.pid) == parent(other.process.pid) != os.getpid()
+        with arm(tmp_path, "third", ELSE="1") as third:
+            assert parent(third.process.pid) != parent(one.process.pid)
+        assert (one.process.poll(), other.process.poll(), third.process.returncode) == (None, None, 0)
+        assert one.build()["weights"] == other.build()["weights"]
+        theirs = {os.readlink(link) for link in Path(f"/proc/{other.process.pid}/fd").iterdir()}
+        own = {os.readlink(link) for link in Path(f"/proc/{one.process.pid}/fd").iterdir()}
+        assert not any("socket" in link or "pidfd" in link for link in own | theirs), "it holds something of the template's"
+    assert one.process.returncode == other.process.returncode == 0
+    assert not Path(f"/proc/{one.process.pid}").exists()
+
+
+def test_what_ends_an_arm_is_in_its_log_and_its_status(tmp_path):
+    with arm(tmp_path) as one:
+        with pytest.raises(ArmFailed, match=r"of arm stock ended with code 1: ValueError: unknown command 'reset'"):
+            one.call("reset")
+        assert one.process.wait() == 1
+    with arm(tmp_path) as one:
+        with pytest.raises(subprocess.TimeoutExpired):
+            one.process.wait(0.05)
+        one.process.kill()
+        assert one.process.wait() == -signal.SIGKILL
+        with pytest.raises(ArmFailed, match="ended with code -9"):
+            one.build()
+
+
+def test_a_template_that_is_gone_takes_no_arm_with_it_and_is_replaced(tmp_path):
+    with arm(tmp_path, GONE="1") as one:
+        os.kill(parent(one.process.pid), signal.SIGKILL)
+        assert one.process.wait() == -signal.SIGKILL  # nobody can say any more how it ends
+        assert one.build()["weights"]
+        with arm(tmp_path, "next", GONE="1") as following:
+            assert following.build()["weights"]
+        assert following.process.returncode == 0
+
+
+def test_nothing_outlives_a_driver_that_is_killed(tmp_path):
+    words = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert gone(int(done.stdout))
+
+
+def test_where_there_is_a_gpu_nothing_is_forked(tmp_path, monkeypatch):
+    assert template.usable()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not template.usable()
+    with arm(tmp_path) as one:
+        assert isinstance(one.process, subprocess.Popen)
