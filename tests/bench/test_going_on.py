@@ -49,7 +49,9 @@ class World:
     def __call__(self, *arguments: str) -> list[str]:
         """One command; returns what it gated."""
         self.gated = []
-        run.main(["--device", "cpu", "--model", "qwen3-tiny", "--no-micro", *arguments, "--reports", str(self.reports)])
+        run.main(
+            ["--device", "cpu", "--model", "qwen3-shallow-tiny", "--no-micro", *arguments, "--reports", str(self.reports)]
+        )
         return self.gated
 
     def records(self, run_id: str) -> list[records.Record]:

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CONFIG = Config(
-    model="qwen3-tiny", steps=4, device="cpu", dtype="float32", repeatable_attention=True,
+    model="qwen3-shallow-tiny", steps=4, device="cpu", dtype="float32", repeatable_attention=True,
     lora=LoraConfig(rank=4, alpha=8.0), data=DataConfig(pack_length=192),
 )  # fmt: skip
 LEAK = "editing documents outside the loss leaves the micro-step unchanged"
@@ -92,7 +92,7 @@ def record(role: str = "peer", verdict: Verdict = FAILED, perf: records.Perf | N
     values = {
         "run_id": "r", "arm": "fast", "role": role, "optimizations": (), "verdict": verdict, "summary": "what it is",
         "exactness": "rounding", "why_exact": "", "environment": {"device": "Box", "device_slug": "box", "peer": peer},
-        "recipe": {"model": "qwen3-tiny"}, "data": {}, "command": "python -m bench.run --peers",
+        "recipe": {"model": "qwen3-shallow-tiny"}, "data": {}, "command": "python -m bench.run --peers",
         "finished_at": "2026-01-01T00:00:00Z", "losses": (1.0,), "reference_losses": (1.0,), "noise_sigma": (0.1,),
         "perf": perf,
     }  # fmt: skip
@@ -268,9 +268,9 @@ def test_the_command_gates_times_and_reports_them(tmp_path):
     """As a user runs it: one peer that runs and leaks, and one that can't be here."""
     words = [
         sys.executable, "-m", "bench.run", "--arms", "transformers_peft", "transformers_peft_fla", "--device", "cpu",
-        "--model", "qwen3.5-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3", "--gate.repeats", "2",
-        "--timing.blocks", "2", "--timing.micro-batches", "1", "--data.pack-length", "64", "--lora.rank", "4", "--no-micro",
-        "--reports", str(tmp_path), "--gate.oracle-cache", str(tmp_path / "oracle"),
+        "--model", "qwen3.5-shallow-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3",
+        "--gate.repeats", "2", "--timing.blocks", "2", "--timing.micro-batches", "1", "--data.pack-length", "64",
+        "--lora.rank", "4", "--no-micro", "--reports", str(tmp_path), "--gate.oracle-cache", str(tmp_path / "oracle"),
     ]  # fmt: skip
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

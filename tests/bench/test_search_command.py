@@ -31,7 +31,7 @@ from loop.cli import guarded, parse
 from loop.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["--device", "cpu", "--model", "qwen3-tiny", "--search.blocks", "2", "--search.most-blocks", "2"]
+FLAGS = ["--device", "cpu", "--model", "qwen3-shallow-tiny", "--search.blocks", "2", "--search.most-blocks", "2"]
 SPEED = {"static_lora": 1.3, "supervised_logits": 1.2, "packed_attention": 0.9}  # plain PyTorch: a CPU times them, too
 EVIDENCE = Evidence({"data": {}, "paths": {}}, {"loss": [2.0, 1.0]})
 PASSED = Verdict(Level.ROUNDING, "close", (Check("scale error", 0.001, 0.003, True, "q", 2, "step 0"),))
@@ -341,7 +341,7 @@ def test_a_damaged_trial_is_named_before_anything_is_timed(world):
 # Real processes
 
 SMALL = [
-    "--device", "cpu", "--model", "qwen3-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3",
+    "--device", "cpu", "--model", "qwen3-shallow-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3",
     "--gate.repeats", "2", "--timing.blocks", "2", "--timing.micro-batches", "1", "--data.pack-length", "64",
     "--no-gradient-checkpointing", "--lora.rank", "4",
 ]  # fmt: skip

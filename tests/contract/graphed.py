@@ -22,7 +22,7 @@ CONFIG = Config(
 )  # fmt: skip
 
 
-def made(model: str = "qwen3-tiny", graphed: bool = True, **changes) -> tuple[Run, Dataset]:
+def made(model: str = "qwen3-shallow-tiny", graphed: bool = True, **changes) -> tuple[Run, Dataset]:
     run, dataset = build(dataclasses.replace(CONFIG, model=model, **changes))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

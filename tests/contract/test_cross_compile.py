@@ -163,12 +163,12 @@ def test_one_optimization_is_compiled_as_among_all_and_nothing_is_written(compil
 
     monkeypatch.setattr("bench.cross_compile.run.compile_cases", kept)
     reports = tmp_path / "reports"
-    assert main(["--optimization", "silu_mul", "--reports", str(reports)]) == 0
+    assert main(["--optimization", "triton_fp8_dot", "--reports", str(reports)]) == 0
     assert re.fullmatch(r"(\d+) of \1 compile to what their folders expect\n", capsys.readouterr().out)
     assert not reports.exists()
     with pytest.raises(UserError, match=r"no folder 'nobody' with a cross_compile\.py; there are: .*silu_mul"):
         main(["--optimization", "nobody"])
-    before = [outcome for outcome in compiled if outcome.optimization == "silu_mul"]
+    before = [outcome for outcome in compiled if outcome.optimization == "triton_fp8_dot"]
     records.write(tmp_path / "one", before)
     records.write(tmp_path / "two", list(reversed(again)))
     assert records.path(tmp_path / "one").read_bytes() == records.path(tmp_path / "two").read_bytes()

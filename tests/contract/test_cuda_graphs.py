@@ -35,7 +35,7 @@ ONE_ROW = "every row is one document"
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("model", ["qwen3.5-tiny", "qwen3-tiny", "mistral-tiny"])
+@pytest.mark.parametrize("model", ["qwen3.5-shallow-tiny", "qwen3-shallow-tiny", "mistral-tiny"])
 def test_replays_have_the_bits_of_the_loop(model, method, checkpointed):
     run, _ = made(model, method=method, gradient_checkpointing=checkpointed)
     plain, _ = made(model, graphed=False, method=method, gradient_checkpointing=checkpointed)
@@ -49,7 +49,7 @@ def test_replays_have_the_bits_of_the_loop(model, method, checkpointed):
 def test_a_whole_run_has_the_bits_of_the_loop_and_one_replay_a_micro_step():
     answers = []
     for graphed in (False, True):
-        run, dataset = made("qwen3.5-tiny", graphed=graphed)
+        run, dataset = made("qwen3.5-shallow-tiny", graphed=graphed)
         answers.append(free_run(run, dataset, 4, lambda done, steps: None))
     plain, graphs = answers
     assert (graphs.pop("replays"), plain.pop("replays")) == ([2, 2, 2, 2], [0, 0, 0, 0])
@@ -97,7 +97,7 @@ def test_the_supervised_tokens_of_the_step_are_followed():
 # The gate's own checks
 
 
-@pytest.mark.parametrize("model", ["qwen3.5-tiny", "qwen3-tiny"])
+@pytest.mark.parametrize("model", ["qwen3.5-shallow-tiny", "qwen3-shallow-tiny"])
 def test_the_structure_checks_pass(model):
     run, _ = made(model)
     probes = [(pack(run, 1, rows=2),), (pack(run, 2),)]
@@ -119,7 +119,7 @@ def test_dropout_draws_what_the_loop_draws():
 
 
 def test_the_dropout_checks_pass():
-    run, _ = build(dropout_config(dataclasses.replace(CONFIG, model="qwen3-tiny")))
+    run, _ = build(dropout_config(dataclasses.replace(CONFIG, model="qwen3-shallow-tiny")))
     run.micro_step = GraphedMicroStep(TapeRecorder())
     assert [f.name for f in examine_dropout(run, pack(run, 1), lambda done, total: None) if not f.passed] == []
 
@@ -142,7 +142,7 @@ class Lengths(PackedDeltaNet):
 
 
 def test_lengths_on_the_host_are_an_obstacle(caplog):
-    run, plain = (made("qwen3.5-tiny", graphed=graphed)[0] for graphed in (True, False))
+    run, plain = (made("qwen3.5-shallow-tiny", graphed=graphed)[0] for graphed in (True, False))
     next(module for module in run.model.modules() if type(module) is PackedDeltaNet).__class__ = Lengths
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -244,7 +244,7 @@ def test_without_a_gpu_it_is_refused_in_words():
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("model", ["qwen3.5-tiny", "qwen3-tiny"])
+@pytest.mark.parametrize("model", ["qwen3.5-shallow-tiny", "qwen3-shallow-tiny"])
 def test_on_a_gpu_replays_have_the_bits_of_the_loop(model, method, checkpointed, dropout, monkeypatch):
     monkeypatch.undo()  # the real CUDAGraph
     lora = LoraConfig(rank=4, alpha=8.0, dropout=dropout)

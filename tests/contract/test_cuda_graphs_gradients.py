@@ -48,7 +48,9 @@ def launches(monkeypatch) -> dict[str, Launches]:
 )
 def test_bf16_gradients_have_the_bits_of_the_loop(method, on):
     """With full_ft_linear most go to the collector; those of norms and convolutions wait beside them."""
-    run, plain = (made("qwen3.5-tiny", graphed=graphed, method=method, dtype="bfloat16")[0] for graphed in (True, False))
+    run, plain = (
+        made("qwen3.5-shallow-tiny", graphed=graphed, method=method, dtype="bfloat16")[0] for graphed in (True, False)
+    )
     graphed, run.micro_step = run.micro_step, plain.micro_step
     for own in (run, plain):
         switch_on(own, on)
@@ -75,7 +77,7 @@ def test_steps_between_have_the_weights_of_the_loop():
 
 @pytest.mark.usefixtures("taped")
 def test_a_graph_casts_all_gradients_together():
-    run, _ = made("qwen3.5-tiny", dtype="bfloat16")
+    run, _ = made("qwen3.5-shallow-tiny", dtype="bfloat16")
     count = len(run.optimizer.masters)
     outcome(run, pack(run, 1), pack(run, 2))
     counted = {}

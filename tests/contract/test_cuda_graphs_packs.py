@@ -31,7 +31,7 @@ def test_stock_attention_needs_one_graph_for_all_packs():
 
 
 def test_documents_as_rows_need_a_graph_for_each_set_of_lengths():
-    run, plain = (made("qwen3.5-tiny", graphed=graphed)[0] for graphed in (True, False))
+    run, plain = (made("qwen3.5-shallow-tiny", graphed=graphed)[0] for graphed in (True, False))
     for seed, lengths in enumerate(((70, 10), (10, 70), (60, 10), (65, 64), (9, 100))):
         batch = pack(run, seed, lengths=lengths)  # what is left of the pack is a document, too
         assert same(outcome(run, batch), outcome(plain, batch)), lengths
@@ -87,7 +87,7 @@ class ChunkedNet(PackedDeltaNet):
 
 
 def chunked(graphed: bool) -> Run:
-    run, _ = made("qwen3.5-tiny", graphed=graphed)
+    run, _ = made("qwen3.5-shallow-tiny", graphed=graphed)
     for module in run.model.modules():
         if type(module) is PackedDeltaNet:
             module.__class__ = ChunkedNet
@@ -114,7 +114,7 @@ class StartsNet(PackedDeltaNet):
 
 
 def test_kernels_that_go_by_where_documents_begin_need_one_graph_for_all_packs():
-    run, plain = (made("qwen3.5-tiny", graphed=graphed)[0] for graphed in (True, False))
+    run, plain = (made("qwen3.5-shallow-tiny", graphed=graphed)[0] for graphed in (True, False))
     for own in (run, plain):
         for module in own.model.modules():
             if type(module) is PackedDeltaNet:

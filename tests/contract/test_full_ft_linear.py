@@ -237,7 +237,8 @@ def gradients_of(run: Run) -> tuple[list[float], dict[str, Tensor]]:
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["recomputed", "kept"])
 @pytest.mark.parametrize(
-    ("model", "dtype"), [("qwen3.5-tiny", "float32"), ("qwen3.5-tiny", "bfloat16"), ("qwen2-tiny", "bfloat16")]
+    ("model", "dtype"),
+    [("qwen3.5-shallow-tiny", "float32"), ("qwen3.5-shallow-tiny", "bfloat16"), ("qwen2-tiny", "bfloat16")],
 )
 def test_a_model_s_gradients_beside_stock_s(model, dtype, checkpointing):
     losses, stock = gradients_of(run_of(model, dtype, checkpointing))

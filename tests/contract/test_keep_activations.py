@@ -57,7 +57,7 @@ def outcome(run: Run, batch: PackedBatch) -> tuple[list[torch.Tensor], Counter]:
     return [loss, *(parameter.grad.clone() for parameter in parameters), torch.get_rng_state()], calls
 
 
-@pytest.mark.parametrize(("model", "dropout"), [("qwen3.5-tiny", 0.2), ("llama-tiny", 0.0)])
+@pytest.mark.parametrize(("model", "dropout"), [("qwen3.5-shallow-tiny", 0.2), ("llama-tiny", 0.0)])
 def test_no_bit_changes_and_each_layer_runs_once(model, dropout):
     run, batch = run_of(model, dropout), batch_of(20, 3, 41)
     layers = range(run.model.config.num_hidden_layers)

@@ -65,7 +65,7 @@ def switched_on(run: Run) -> Run:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize(
-    ("model", "tied"), [("qwen3.5-tiny", True), ("llama-tiny", True), ("llama-tiny", False), ("qwen3-tiny", False)]
+    ("model", "tied"), [("qwen3.5-shallow-tiny", True), ("llama-tiny", True), ("llama-tiny", False), ("qwen3-tiny", False)]
 )
 def test_two_micro_steps_beside_stock(monkeypatch, model, tied, method):
     monkeypatch.setitem(SHAPES[model][1], "tie_word_embeddings", tied)

@@ -128,7 +128,7 @@ def test_packs_at_a_capacity(capacity):
 def exact(tmp_path_factory):
     """A tiny hybrid model in fp64 with all weights training."""
     cache = tmp_path_factory.mktemp("cache")
-    config = Config(model="qwen3.5-tiny", method="full", device="cpu", dtype="float32")
+    config = Config(model="qwen3.5-shallow-tiny", method="full", device="cpu", dtype="float32")
     run, _ = build(replace(config, data=DataConfig(pack_length=192, cache_dir=cache, max_examples=40)))
     make_exact(run)
     return run

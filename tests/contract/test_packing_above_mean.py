@@ -24,7 +24,7 @@ def test_the_row_is_as_long_as_all_packs():
     assert torch.equal(one.cu_seqlens, batch.cu_seqlens) and torch.equal(one.labels.flatten(), batch.labels.flatten())
 
 
-@pytest.mark.parametrize("model", ["qwen3.5-tiny", "mistral-tiny"])
+@pytest.mark.parametrize("model", ["qwen3.5-shallow-tiny", "mistral-tiny"])
 def test_joined_packs_teach_what_rows_teach(model, tmp_path):
     data = DataConfig(pack_length=192, packs_per_micro_step=2, cache_dir=tmp_path, max_examples=40)
     run, _ = build(Config(model=model, method="full", device="cpu", dtype="float32", data=data))

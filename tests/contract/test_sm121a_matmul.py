@@ -243,7 +243,7 @@ def engine_with(tmp_path: Path, *entries: Entry, takes=lambda a, b: True) -> tup
     return dataclasses.replace(ENGINE, table=tmp_path / "table.toml", matmul=recording, takes=takes), asked
 
 
-def run_of(method: str, model: str = "qwen3.5-tiny", pack_length: int = 48) -> SimpleNamespace:
+def run_of(method: str, model: str = "qwen3.5-shallow-tiny", pack_length: int = 48) -> SimpleNamespace:
     config = Config(model=model, device=DEVICE.type, dtype="float32", data=DataConfig(pack_length=pack_length))
     built = load_model(config, VOCABULARY)
     if method == "lora":

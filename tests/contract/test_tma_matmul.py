@@ -168,7 +168,7 @@ def test_the_table_that_ships_holds_its_own_tiles():
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_swap_keeps_the_parameters_and_the_function(method, tmp_path, monkeypatch):
-    config = Config(model="qwen3.5-tiny", device=DEVICE.type, dtype="float32", data=DataConfig(pack_length=48))
+    config = Config(model="qwen3.5-shallow-tiny", device=DEVICE.type, dtype="float32", data=DataConfig(pack_length=48))
     run = SimpleNamespace(model=load_model(config, VOCABULARY), device=DEVICE, config=config)
     if method == "lora":
         lora.attach(run.model, LoraConfig(rank=4), seed=0)

@@ -31,7 +31,7 @@ def mean_of_means(config: Config) -> dict[str, torch.Tensor]:
     return dict(run.optimizer.gradients())
 
 
-@pytest.mark.parametrize("model", ["qwen3.5-tiny", "qwen3-tiny"])
+@pytest.mark.parametrize("model", ["qwen3.5-shallow-tiny", "qwen3-tiny"])
 def test_four_micro_steps_are_one_of_four_packs(make, model):
     apart = make(model=model, grad_accum=4)
     together = make(model=model, data={"packs_per_micro_step": 4})
@@ -56,10 +56,10 @@ def test_the_logged_loss_is_over_all_supervised_tokens(make):
 def test_recomputed_activations_change_no_bit(make):
     """Dropout too: recomputation draws the same masks."""
     lora = {"dropout": 0.2}
-    kept = train(make(model="qwen3.5-tiny", steps=2, lora=lora))
-    recomputed = train(make(model="qwen3.5-tiny", steps=2, lora=lora, gradient_checkpointing=True))
+    kept = train(make(model="qwen3.5-shallow-tiny", steps=2, lora=lora))
+    recomputed = train(make(model="qwen3.5-shallow-tiny", steps=2, lora=lora, gradient_checkpointing=True))
     assert kept.losses == recomputed.losses
-    assert kept.losses != train(make(model="qwen3.5-tiny", steps=2)).losses
+    assert kept.losses != train(make(model="qwen3.5-shallow-tiny", steps=2)).losses
 
 
 def test_bf16_accumulates_over_micro_steps_in_fp32(make):

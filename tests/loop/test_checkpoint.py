@@ -50,9 +50,9 @@ CASES = {
     "lora": {"lora": {"dropout": 0.0}},
     "lora with dropout": {"lora": {"dropout": 0.3}, "grad_accum": 2},
     "lora in bf16 with dropout": {"lora": {"dropout": 0.3}, "dtype": "bfloat16"},
-    "hybrid": {"model": "qwen3.5-tiny", "lora": {"dropout": 0.3}},
+    "hybrid": {"model": "qwen3.5-shallow-tiny", "lora": {"dropout": 0.3}},
     "full": {"method": "full"},
-    "full in bf16": {"method": "full", "dtype": "bfloat16", "model": "qwen3.5-tiny"},
+    "full in bf16": {"method": "full", "dtype": "bfloat16", "model": "qwen3.5-shallow-tiny"},
 }
 
 
@@ -186,7 +186,7 @@ def test_output_mistakes_are_named_before_any_work(make, tmp_path, finished):
 def test_full_fine_tuning_saves_what_transformers_loads(make, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = make(model="qwen3.5-tiny", method="full", steps=2, output=tmp_path)
+    config = make(model="qwen3.5-shallow-tiny", method="full", steps=2, output=tmp_path)
     train(config)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     state = load_file(tmp_path / STATE_FILE)

@@ -85,7 +85,7 @@ def test_editing_a_document_changes_no_bit_of_another(make, model):
     assert leaks(run, tricky(run, 256)) == []
 
 
-@pytest.mark.parametrize("model", ["qwen3.5-tiny", "mistral-tiny"])
+@pytest.mark.parametrize("model", ["qwen3.5-shallow-tiny", "mistral-tiny"])
 def test_attention_that_repeats_itself_is_the_same_attention(make, model):
     plain, repeatable = built(make, model), built(make, model, repeatable_attention=True)
     assert plain.model.config._attn_implementation != repeatable.model.config._attn_implementation
@@ -96,7 +96,7 @@ def test_attention_that_repeats_itself_is_the_same_attention(make, model):
 
 
 def test_a_delta_rule_that_ignores_boundaries_is_seen(make):
-    run = built(make, "qwen3.5-tiny")
+    run = built(make, "qwen3.5-shallow-tiny")
     batch = tricky(run, 256)
     leak_delta_rule(run)
     found = leaks(run, batch)
@@ -127,7 +127,7 @@ def test_a_window_that_is_ignored_is_seen(make):
 
 
 def test_real_packs_with_padding_too(make):
-    run, dataset = build(make(model="qwen3.5-tiny", data={"packs_per_micro_step": 2}))
+    run, dataset = build(make(model="qwen3.5-shallow-tiny", data={"packs_per_micro_step": 2}))
     stir_adapters(run)
     batch = dataset.batch([0, len(dataset.packs) - 1])
     assert batch.real_tokens < batch.positions
