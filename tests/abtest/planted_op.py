@@ -56,12 +56,25 @@ def changed_part(case: Case, dtype: str) -> str:
     return changed[0]
 
 
-def check_planted(case: Case, dtype: str, seed: int = 0, whole: bool = False) -> OpReport:
-    """The op level's verdict on the part that `case` changes; `whole`: on the same part without the defect."""
+def check_planted(case: Case, dtype: str, seed: int = 0) -> OpReport:
+    """The op level's verdict on the part that `case` changes."""
     part, method = changed_part(case, dtype), case.planted.methods[-1]
+    return _checked(part, method, dtype, seed, case)
+
+
+def check_without(case: Case, dtype: str) -> OpReport:
+    """The same without the defect: one verdict for all cases that change this part."""
+    return _whole(changed_part(case, dtype), case.planted.methods[-1], dtype)
+
+
+@functools.cache
+def _whole(part: str, method: str, dtype: str) -> OpReport:
+    return _checked(part, method, dtype, 0, None)
+
+
+def _checked(part: str, method: str, dtype: str, seed: int, case: Case | None) -> OpReport:
     make = {"run.loss_head": head, "run.micro_step": accumulation}.get(part, module)
-    op = make(method, dtype, None if whole else case, part)
-    return check_op(op, Workload(f"{part}, {method}", {}, dtype), CPU, seed)
+    return check_op(make(method, dtype, case, part), Workload(f"{part}, {method}", {}, dtype), CPU, seed)
 
 
 def planted_op(case: Case | None, call: Callable[..., Any], inputs: Callable[..., tuple[Any, ...]]) -> Op:
@@ -181,7 +194,7 @@ def sharing(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def model_of(method: str, dtype: str) -> nn.Module:
-    run, _ = tiny(method=method, dtype=dtype)
+    run, _ = tiny("qwen3.5-tiny", method=method, dtype=dtype)
     run.optimizer.release()
     return run.model
 
