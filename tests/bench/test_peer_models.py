@@ -203,9 +203,9 @@ def test_what_it_has_nothing_for_is_refused_in_words(monkeypatch, one_thread):
 def test_compiled_layers_keep_the_delta_rule_out(monkeypatch, one_thread):
     modelling = modelling_of(HYBRID)
     monkeypatch.setattr(modelling, compiled.RULE, getattr(modelling, compiled.RULE))  # put back afterwards
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     peer = find("transformers_peft_compile")
-    ready = compiled.build(peer, dataclasses.replace(HYBRID, gradient_checkpointing=False))
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # monkeypatch would delete it
+        ready = compiled.build(peer, dataclasses.replace(HYBRID, gradient_checkpointing=False))
     assert ready.took["outside the graphs"] == [compiled.RULE] and ready.took["compiled"] == "2 decoder layers"
     assert all(layer._compiled_call_impl is not None for layer in ready.model.get_decoder().layers)
     assert ready.model.config._attn_implementation == "sdpa" and not ready.eager
