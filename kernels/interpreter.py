@@ -14,7 +14,7 @@ from typing import Any
 def exchange_language_once() -> None:
     """Has them looked for once in this process; each launch still puts them in, and takes them out again.
 
-    Does nothing where there is no Triton, or where it compiles.
+    Does nothing where there is no Triton, where it compiles, or where it is built otherwise: that one is only slower.
     """
     try:
         import triton
@@ -22,7 +22,9 @@ def exchange_language_once() -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
-    if not triton.knobs.runtime.interpret or hasattr(interpreter._patch_lang, "__wrapped__"):
+    if not triton.knobs.runtime.interpret or not hasattr(interpreter, "_LangPatchScope"):
+        return
+    if hasattr(interpreter._patch_lang, "__wrapped__"):
         return
     scope = interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))  # both of its modules
     exchanged = {(id(owner), name): (owner, name, vars(owner)[name]) for owner, name, _ in scope._changes}

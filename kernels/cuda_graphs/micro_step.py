@@ -36,6 +36,8 @@ class Graph(Protocol):
 class Recorder(Protocol):
     def warm(self, work: Callable[[], None]) -> None: ...
     def record(self, work: Callable[[], None]) -> Graph: ...
+    def crowded(self) -> bool: ...
+    def release(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class GraphedMicroStep:
         if not self.counts[PLAIN + reason]:
             log.warning("cuda_graphs: a micro-step runs without a graph: %s", reason)
         self.counts[PLAIN + reason] += 1
+        if self.graphs and self.recorder.crowded():
+            self.graphs.clear()
+            self.recorder.release()
         batch = with_padded_rows(batch) if ROWS in self.asked else batch
         return plain_micro_step(run, batch, step_supervised_tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.release()
 
     def warm(self, work: Work) -> None:
         """Runs `work` as it will be captured, so that everything is compiled, tuned and allocated that it needs once."""
@@ -33,8 +34,22 @@ class CudaRecorder:
         """Captures `work`, which computes nothing yet. Raises RuntimeError where it does what no graph can hold."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            before = torch.cuda.memory_reserved(self.device)
             work()
+        self.taken += torch.cuda.memory_reserved(self.device) - before
         return graph
+
+    def crowded(self) -> bool:
+        """Whether a micro-step outside the pool would lack memory: it takes about what the pool has taken."""
+        idle = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device) - self.taken
+        return torch.cuda.mem_get_info(self.device)[0] + max(idle, 0) < self.taken
+
+    def release(self) -> None:
+        """Begins a pool of its own for whatever is captured next. The memory of the last one is free once its graphs are."""
+        self.pool = torch.cuda.graph_pool_handle()
+        self.taken = 0  # bytes
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class RandomState:

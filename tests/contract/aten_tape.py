@@ -67,7 +67,13 @@ class TapeRecorder:
     """A recorder as `kernels.cuda_graphs.recorder.CudaRecorder` is one."""
 
     def __init__(self) -> None:
-        self.warmed = 0
+        self.warmed, self.full, self.released = 0, False, 0
+
+    def crowded(self) -> bool:
+        return self.full
+
+    def release(self) -> None:
+        self.released += 1
 
     def warm(self, work: Callable[[], None]) -> None:
         self.warmed += 1

@@ -20,6 +20,7 @@ from abtest.tripwire import bent
 from kernels.cuda_graphs import inputs as static
 from kernels.cuda_graphs import micro_step, patch
 from kernels.cuda_graphs.micro_step import CAPTURES, PLAIN, REPLAYS, GraphedMicroStep
+from kernels.cuda_graphs.recorder import CudaRecorder
 from kernels.supervised_logits.kernel import supervised_cross_entropy
 from loop.config import LoraConfig
 from loop.delta_net import Pack, PackedDeltaNet
@@ -64,6 +65,21 @@ def test_gradients_add_up_after_a_micro_step_without_a_graph(dtype):
     for batches in ((whole, pack(run, 1), pack(run, 2)), (pack(run, 1), whole, pack(run, 2), whole)):
         assert same(outcome(run, *batches), outcome(plain, *batches))
     assert run.micro_step.counts[PLAIN + ONE_ROW] == 3 and run.micro_step.counts[REPLAYS] == 4
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["room", "no room"])
+def test_graphs_make_room_for_a_micro_step_without_one(full):
+    """What they gathered stays: only their memory goes, and the next micro-step is captured anew."""
+    run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
+    whole = one_document(LENGTH, run.model.config.vocab_size, 7)
+    recorder, step = run.micro_step.recorder, run.micro_step
+    recorder.full = full
+    batches = (pack(run, 1), whole, pack(run, 2))
+    assert same(outcome(run, *batches), outcome(plain, *batches))
+    assert step.counts == {PLAIN + ONE_ROW: 1, REPLAYS: 2, CAPTURES: 2}
+    assert (recorder.released, len(step.graphs)) == ((1, 1) if full else (0, 2))
+    assert same(outcome(run, whole), outcome(plain, whole)) and recorder.released == (2 if full else 0)
+    assert same(outcome(run, whole), outcome(plain, whole)) and recorder.released == (2 if full else 0)  # none is left
 
 
 def test_a_loss_outlives_the_next_replay():
@@ -259,3 +275,22 @@ def test_on_a_gpu_replays_have_the_bits_of_the_loop(model, method, checkpointed,
             results.append((outcome(own, *(pack(own, seed) for seed in seeds)), torch.cuda.get_rng_state()))
         assert same(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1]), seeds
     assert run.micro_step.counts == {REPLAYS: 8, CAPTURES: 2}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_graphs_give_their_memory_back(monkeypatch):
+    monkeypatch.undo()  # the real CUDAGraph
+    recorder, x = CudaRecorder(torch.device("cuda", 0)), torch.zeros(1 << 26, device="cuda")
+
+    def work() -> None:
+        x.add_(x.sin())
+
+    recorder.warm(work)
+    graph, before = recorder.record(work), torch.cuda.memory_reserved()
+    assert recorder.taken >= x.nbytes and not recorder.crowded()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (x.nbytes // 2, 1 << 37))
+    assert recorder.crowded()
+    graph.reset()
+    recorder.release()
+    assert recorder.taken == 0 and torch.cuda.memory_reserved() <= before - x.nbytes
