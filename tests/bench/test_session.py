@@ -14,6 +14,7 @@ import pytest
 
 from bench import session
 from bench.peers import PEERS
+from bench.plan import JOIN
 from bench.session import ROOT, Ended, Session, Step, main, read_plan
 from kernels.registry import discover
 from loop.errors import UserError
@@ -170,11 +171,11 @@ def test_a_plan_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "sessions").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_plans_here_name_what_is_there(path):
-    known = {*discover(), *(peer.name for peer in PEERS)}
+    known = {"all", *discover(), *(peer.name for peer in PEERS)}
     for one in read_plan(path):
         assert one.command[:2] == ("python", "-m")
         module = ROOT / one.command[2].replace(".", "/")
         assert one.command[2] == "pytest" or module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
         flags = " ".join(one.command).split(" --")
         lists = [words.split()[1:] for words in flags if words.startswith(("arms ", "optimizations ", "optimization "))]
-        assert {name for names in lists for name in names} <= known
+        assert {name for names in lists for joined in names for name in joined.split(JOIN)} <= known
