@@ -74,6 +74,7 @@ FOLDERS = (
     ("matrix", r"matmul|mma|linear|lora|gemm|dot|fp8"),
     ("elementwise", r"conv|silu|swiglu|rope|elementwise|gate(?!d)"),
     ("norm", r"norm"),
+    (UPDATE, r"adam"),
 )
 
 

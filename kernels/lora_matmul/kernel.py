@@ -3,7 +3,7 @@
 For projections i of one x [T, in], with W_i [out_i, in], A_i [rank_i, in], B_i [out_i, rank_i] and scaling s_i:
 
     h = x [A_1; A_2; ...]^T             one skinny product, [T, ranks]
-    y_i = x W_i^T + s_i h_i B_i^T       the second product is added inside the kernel that computes it
+    y_i = x W_i^T + s_i h_i B_i^T       the first product is added to the second inside the kernel that computes it
     g_i = s_i dy_i B_i                  skinny, [T, rank_i]
     dx = sum_i dy_i W_i + [g_1 g_2 ...] [A_1; A_2; ...]      each product is added inside its kernel
     dA = [g_1 g_2 ...]^T x              one skinny product for all
@@ -61,9 +61,7 @@ class _LoraMatmul(torch.autograd.Function):
         weights, biases, a, b, plain = _in_five(rest, len(scalings))
         h = _skinny(x if adapted is None else adapted, [*a, *plain])
         h, narrow = h[: len(a)], h[len(a) :]
-        outputs = []
-        for weight, bias, own_h, own_b, scaling in zip(weights, biases, h, b, scalings, strict=True):
-            outputs.append(F.linear(x, weight, bias).addmm_(own_h, own_b.t(), alpha=scaling))
+        outputs = [_output(x, *part) for part in zip(weights, biases, h, b, scalings, strict=True)]
         ctx.scalings = scalings
         ctx.save_for_backward(x, adapted, *weights, *a, *b, *h, *plain)
         ctx.set_materialize_grads(False)
@@ -96,6 +94,14 @@ class _LoraMatmul(torch.autograd.Function):
         for part in used:
             db[part.index] = part.db() if part.needs_b else None
         return None, dx, d_adapted, *[None] * (2 * count), *da, *db, *[None] * len(plain)
+
+
+def _output(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """x W^T + bias + s h B^T. The adapter's product comes first: it has nothing to do but to write, and what it wrote is read
+    inside the base product, which has arithmetic to hide that behind. And what is rounded in between is the smaller part."""
+    if bias is not None:
+        return F.linear(x, weight, bias).addmm_(h, b.t(), alpha=scaling)
+    return (h @ b.t()).addmm_(x, weight.t(), beta=scaling)
 
 
 class _Part(NamedTuple):
