@@ -58,8 +58,12 @@ def wrap_micro_step(run: Run, make: Callable[[Callable[..., Tensor]], Callable[.
 
 
 def swap_optimizer(run: Run, change: Callable[[type], type]) -> None:
-    """A new optimizer of the class `change(old class)` over the same parameters and settings."""
+    """A new optimizer of the class `change(old class)` over the same parameters and settings; one that stands around another
+    (`kernels.fused_adamw`) is made anew around that very one."""
     old = run.optimizer
+    if hasattr(old, "inner"):
+        run.optimizer = change(type(old))(old.inner)
+        return
     old.release()
     run.optimizer = change(type(old))(old.parameters, old.config, old.steps)
 

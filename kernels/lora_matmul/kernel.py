@@ -97,8 +97,11 @@ class _LoraMatmul(torch.autograd.Function):
 
 
 def _output(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """x W^T + bias + s h B^T. The adapter's product comes first: it has nothing to do but to write, and what it wrote is read
-    inside the base product, which has arithmetic to hide that behind. And what is rounded in between is the smaller part."""
+    """x W^T + bias + s h B^T.
+
+    The adapter's product comes first: it does little but write, and what it wrote is read inside the base's product, which
+    has arithmetic to hide that behind. And what is rounded in between is the smaller part.
+    """
     if bias is not None:
         return F.linear(x, weight, bias).addmm_(h, b.t(), alpha=scaling)
     return (h @ b.t()).addmm_(x, weight.t(), beta=scaling)

@@ -12,6 +12,7 @@ from graphed import CONFIG as RUN
 from graphed import made, pack
 from torch import Tensor, nn
 
+from abtest.catalogue import cases, catalogue
 from abtest.update import check_update, update_config
 from kernels.cuda_graphs.micro_step import CAPTURES, REPLAYS, GraphedMicroStep
 from kernels.fused_adamw import kernel
@@ -267,6 +268,23 @@ def test_full_ft_linear_still_adds_to_the_masters_gradients():
     assert all(gradient is not None for gradient in run.optimizer.gradients().values())
     run.optimizer.step(0)
     assert all(not torch.equal(before[f"master.{name}"], master) for name, master in run.optimizer.masters.items())
+
+
+@pytest.mark.parametrize("name", ["decay_dropped", "decay_coupled", "beta2_off", "masters_rounded", "rate_frozen"])
+def test_a_defect_of_the_update_is_planted_on_it_as_on_the_loop_s(name):
+    """Else the gate could not show that it catches one where this is on."""
+    found = []
+    for planted in (False, True):
+        run, _ = made("qwen3-shallow-tiny", False, steps=8)
+        switch_on(run, ["fused_adamw"])
+        if planted:
+            cases(catalogue()[name])[0].apply(run)
+        assert isinstance(run.optimizer, FusedMasterAdamW) and (type(run.optimizer) is not FusedMasterAdamW) is planted
+        for step in range(3):
+            run.micro_step(run, pack(run, step), 50)
+            run.optimizer.step(step)
+        found.append(copies(run.optimizer))
+    assert found[0].keys() == found[1].keys() and not same(*found)
 
 
 def test_refuses_with_the_reason():
