@@ -12,12 +12,12 @@ from torch import Tensor
 from loop.optim import copy_all
 
 Held = tuple[bool, ...]  # which masters have a gradient, in the optimizer's order
-Waiting = dict[Tensor, Tensor]  # gradients that are not added yet, by master, in their parameters' dtype
+Late = dict[Tensor, Tensor]  # gradients that are not added yet, by master, in their parameters' dtype
 Pair = tuple[Tensor, Tensor]  # a buffer, and what is to be copied or added there
 MOST_CAST = 1 << 26  # numbers that are cast to fp32 before they are added: 256 MiB of the graphs' memory
 
 
-def deferred(optimizer: Any) -> AbstractContextManager[Waiting]:
+def deferred(optimizer: Any) -> AbstractContextManager[Late]:
     """Within it the optimizer leaves gradients for `Accumulators.store`. One that can't leave them adds them itself."""
     return optimizer.deferring() if hasattr(optimizer, "deferring") else nullcontext({})
 
@@ -51,13 +51,13 @@ class Accumulators:
         for (name, master), has in zip(self.masters.items(), held, strict=True):
             master.grad = self.buffers[name] if has else None
 
-    def allocate(self, waiting: Waiting) -> None:
+    def allocate(self, waiting: Late) -> None:
         """Buffers for whatever has a gradient now, or will have."""
         for name, master in self.masters.items():
             if master.grad is not None or master in waiting:
                 self._buffer(name)
 
-    def store(self, waiting: Waiting) -> None:
+    def store(self, waiting: Late) -> None:
         """Brings gradients that lie elsewhere, or wait, into their buffers, which are there already. Part of the graph.
 
         Rounds nothing, and adds in fp32 and in the order in which the optimizer would: what it has got already comes first.
