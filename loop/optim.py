@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,10 +28,12 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 @dataclass
 class Waiting:
-    """gradients: what nobody has added yet, by master, in the parameters' dtype. wanted: whether anything is to wait."""
+    """gradients: what nobody has added yet, by master, in the parameters' dtype. wanted: whether anything is to wait.
+    places: fp32 tensors for the first gradient of a master, by master."""
 
     wanted: bool = False
     gradients: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
+    places: Mapping[torch.Tensor, torch.Tensor] = field(default_factory=dict)
 
 
 class MasterAdamW:
@@ -84,18 +86,22 @@ class MasterAdamW:
         self.collectors.clear()
 
     @contextmanager
-    def deferring(self) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
+    def deferring(
+        self, places: Mapping[torch.Tensor, torch.Tensor] | None = None
+    ) -> Iterator[dict[torch.Tensor, torch.Tensor]]:
         """Within it gradients are not added to the masters' as they come, but left to the caller to add, all at once.
+
+        places: where `place` has the first gradient of a master put that goes to a `collector`, by master.
 
         Gives a dict that holds them by master, as backward made them, in the dtype of the parameter. There is none for a
         parameter that is its own master; what goes to a `collector` goes there at once, and comes before the parameter's own
         in a backward. Whatever is left in the dict at the end is dropped.
         """
-        self.waiting.wanted = True
+        self.waiting.wanted, self.waiting.places = True, {} if places is None else places
         try:
             yield self.waiting.gradients
         finally:
-            self.waiting.wanted = False
+            self.waiting.wanted, self.waiting.places = False, {}
             self.waiting.gradients.clear()
 
     def collector(self, parameter: nn.Parameter) -> torch.Tensor | None:
@@ -104,6 +110,10 @@ class MasterAdamW:
         A backward that adds to that `.grad` itself must give autograd no gradient for the parameter, or it counts twice.
         """
         return self.collectors.get(parameter)
+
+    def place(self, collector: torch.Tensor) -> torch.Tensor | None:
+        """The tensor to write to if `collector` has no `.grad` yet, and to make its `.grad`; None: a new one."""
+        return self.waiting.places.get(collector)
 
     def gradients(self) -> dict[str, torch.Tensor | None]:
         """fp32 gradients accumulated so far, by canonical name; None for a tensor that got none."""

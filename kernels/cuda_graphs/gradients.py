@@ -17,9 +17,12 @@ Pair = tuple[Tensor, Tensor]  # a buffer, and what is to be copied or added ther
 MOST_CAST = 1 << 26  # numbers that are cast to fp32 before they are added: 256 MiB of the graphs' memory
 
 
-def deferred(optimizer: Any) -> AbstractContextManager[Late]:
-    """Within it the optimizer leaves gradients for `Accumulators.store`. One that can't leave them adds them itself."""
-    return optimizer.deferring() if hasattr(optimizer, "deferring") else nullcontext({})
+def deferred(optimizer: Any, places: Mapping[Tensor, Tensor]) -> AbstractContextManager[Late]:
+    """Within it the optimizer leaves gradients for `Accumulators.store`. One that can't leave them adds them itself.
+
+    places: the buffers that are there already, by master; what is delivered there need not be copied.
+    """
+    return optimizer.deferring(places) if hasattr(optimizer, "deferring") else nullcontext({})
 
 
 class Accumulators:
@@ -34,6 +37,7 @@ class Accumulators:
     def __init__(self, masters: Mapping[str, Tensor]) -> None:
         self.masters = dict(masters)
         self.buffers: dict[str, Tensor] = {}
+        self.places: dict[Tensor, Tensor] = {}  # the same ones, by master
 
     def held(self) -> Held:
         return tuple(master.grad is not None for master in self.masters.values())
@@ -95,6 +99,7 @@ class Accumulators:
     def _buffer(self, name: str) -> Tensor:
         if name not in self.buffers:
             self.buffers[name] = torch.empty_like(self.masters[name], requires_grad=False)
+            self.places[self.masters[name]] = self.buffers[name]
         return self.buffers[name]
 
 

@@ -14,21 +14,23 @@ from loop.optim import MasterAdamW
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, held: Tensor | None = None) -> Tensor:
-    """dy^T x, added to `held` in place where there is one.
+def weight_gradient(dy: Tensor, x: Tensor, held: Tensor | None = None, into: Tensor | None = None) -> Tensor:
+    """dy^T x, added to `held` in place where there is one, else written to `into` where that is given.
 
-    dy [T, out], x [T, in], one dtype and device, any strides; held and the result [out, in], in fp32 where the inputs are
-    narrower, else in their dtype. On CUDA the product of narrow inputs is summed and added in fp32, and never rounded in
+    dy [T, out], x [T, in], one dtype and device, any strides; held, into and the result [out, in], in fp32 where the inputs
+    are narrower, else in their dtype. On CUDA the product of narrow inputs is summed and added in fp32, and never rounded in
     between. PyTorch's CPU products have no wider result: there it is rounded to the inputs' dtype, then added in fp32.
     """
     transposed = dy.t()
     if dy.dtype not in NARROW:
-        return transposed @ x if held is None else held.addmm_(transposed, x)
+        return torch.mm(transposed, x, out=into) if held is None else held.addmm_(transposed, x)
     if not dy.is_cuda:
         product = transposed @ x
-        return product.float() if held is None else held.add_(product)
+        if held is None:
+            return product.float() if into is None else into.copy_(product)
+        return held.add_(product)
     if held is None:
-        return torch.mm(transposed, x, out_dtype=torch.float32)
+        return torch.mm(transposed, x, out_dtype=torch.float32, **({} if into is None else {"out": into}))
     return torch.addmm(held, transposed, x, out_dtype=torch.float32, out=held)
 
 
@@ -54,7 +56,7 @@ class MainGradLinear(nn.Linear):
         collector = None if optimizer is None else optimizer.collector(self.weight)
         if collector is None:
             return dy.t() @ x
-        collector.grad = weight_gradient(dy, x, collector.grad)
+        collector.grad = weight_gradient(dy, x, collector.grad, optimizer.place(collector))
         return None
 
 

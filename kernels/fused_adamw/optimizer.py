@@ -22,7 +22,8 @@ class FusedMasterAdamW:
         self.inner = inner
         self.config, self.steps = inner.config, inner.steps
         self.parameters, self.masters, self.adamw = inner.parameters, inner.masters, inner.adamw
-        self.collector, self.deferring, self.release = inner.collector, inner.deferring, inner.release
+        self.collector, self.place = inner.collector, inner.place
+        self.deferring, self.release = inner.deferring, inner.release
         self.gradients, self.zero_grad, self.publish = inner.gradients, inner.zero_grad, inner.publish
         self.state, self.load_state = inner.state, inner.load_state
 

@@ -161,7 +161,7 @@ def as_a_graph_does(optimizer: MasterAdamW) -> Callable[[int, tuple[str, ...]], 
     accumulators = Accumulators(optimizer.masters)
 
     def step(seed: int, names: tuple[str, ...]) -> None:
-        with deferred(optimizer) as waiting:
+        with deferred(optimizer, {}) as waiting:
             micro_step(optimizer, seed, names)
             accumulators.allocate(waiting)
             accumulators.store(waiting)

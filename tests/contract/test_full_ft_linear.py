@@ -55,7 +55,9 @@ def test_the_product_is_added_in_place_and_in_fp32(dtype, contiguous):
     truth = held.double() + dy.double().t() @ x.double()
     first, before = weight_gradient(dy, x), held.clone()
     assert first.dtype == wide and first.shape == (13, 11)
-    assert weight_gradient(dy, x, held) is held
+    into = torch.full_like(held, torch.nan)
+    assert weight_gradient(dy, x, into=into) is into and torch.equal(into, first)
+    assert weight_gradient(dy, x, held, into) is held and torch.equal(into, first)
     assert torch.equal(held, before) is False
     torch.testing.assert_close(first.double() + before.double(), truth, rtol=0, atol=0.1 if dtype != wide else 1e-5)
     torch.testing.assert_close(held.double(), truth, rtol=0, atol=0.1 if dtype != wide else 1e-5)
@@ -75,6 +77,8 @@ def test_on_cuda_no_product_is_rounded_to_bf16(shape):
     first, before = weight_gradient(dy, x), held.clone()
     total = weight_gradient(dy, x, held)
     assert total is held and held.data_ptr() == place and first.dtype == torch.float32
+    into = torch.empty_like(first)
+    assert weight_gradient(dy, x, into=into) is into and torch.equal(into, first)
     error = (total.double() - truth).abs().max()
     assert error < 0.05 * (stock.double() - truth).abs().max()
     assert (before.double() + first.double() - truth).abs().max() < 0.05 * (stock.double() - truth).abs().max()
@@ -136,6 +140,21 @@ def test_tied_and_reused_weights_over_two_micro_steps(dtype):
         assert error <= 1.5 * theirs + ROUNDING[torch.float32], f"{name}: {error} against stock's {theirs}"
         assert error < 40 * ROUNDING[dtype], name
     assert torch.equal(ours["inner.bias"], stock["inner.bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_can_be_given_its_place(dtype):
+    """As a graph does that wants it at a fixed address: of a weight that is used twice, too, and with the same bits."""
+    run, plain, names = small_run(dtype, True), small_run(dtype, True), ("inner.weight", "twice.weight")
+    masters = run.optimizer.masters
+    places = {masters[name]: torch.full_like(masters[name], torch.nan, requires_grad=False) for name in names}
+    with run.optimizer.deferring(places):
+        learn(run.model, 1)
+        assert all(masters[name].grad is places[masters[name]] for name in names)
+    learn(plain.model, 1)
+    for name in names:
+        assert torch.equal(masters[name].grad, plain.optimizer.masters[name].grad)
+        assert run.optimizer.place(masters[name]) is None  # no longer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
