@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +22,43 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 DRIVER = """
 import os, sys
 from pathlib import Path
+from abtest import template
 from abtest.arm import Arm, ArmSpec
 from loop.config import Config
 
+template.ROOT = Path(sys.argv[2])
 arm = Arm(ArmSpec("orphan", Config(device="cpu")), Path(sys.argv[1]), dict(os.environ))
 print(arm.process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
+WORKER = """
+import json, sys
+
+def import_ahead():
+    pass
+
+def main():
+    for line in sys.stdin:
+        print(json.dumps({"answer": {"asked": json.loads(line)["command"]}}), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def light(tmp_path, monkeypatch) -> Path:
+    """A checkout where templates are as they are, and the worker that they become imports nothing and only answers."""
+    folder = tmp_path / "light"
+    (folder / "abtest").mkdir(parents=True)
+    shutil.copy(template.__file__, folder / "abtest" / "template.py")
+    (folder / "abtest" / "worker.py").write_text(WORKER, encoding="utf-8")
+    for empty in ("abtest/__init__.py", "torch.py"):
+        (folder / empty).touch()
+    monkeypatch.setattr(template, "ROOT", folder)
+    monkeypatch.setattr("abtest.arm.ROOT", folder)
+    monkeypatch.setattr(template, "_templates", {})  # those that begin here end with the test
+    return folder
 
 
 def arm(folder: Path, name: str = "stock", **variables: str) -> Arm:
@@ -54,15 +85,19 @@ def test_arms_of_an_environment_are_forked_by_one_template(tmp_path):
     with arm(tmp_path) as one, arm(tmp_path, "other", PYTEST_CURRENT_TEST="another") as other:
         assert one.process.pid != other.process.pid != os.getpid()
         assert parent(one.process.pid) == parent(other.process.pid) != os.getpid()
-        with arm(tmp_path, "third", ELSE="1") as third:
-            assert parent(third.process.pid) != parent(one.process.pid)
-        assert (one.process.poll(), other.process.poll(), third.process.returncode) == (None, None, 0)
         assert one.build()["weights"] == other.build()["weights"]
         theirs = {os.readlink(link) for link in Path(f"/proc/{other.process.pid}/fd").iterdir()}
         own = {os.readlink(link) for link in Path(f"/proc/{one.process.pid}/fd").iterdir()}
         assert not any("socket" in link or "pidfd" in link for link in own | theirs), "it holds something of the template's"
     assert one.process.returncode == other.process.returncode == 0
     assert not Path(f"/proc/{one.process.pid}").exists()
+
+
+def test_another_environment_has_a_template_of_its_own(light, tmp_path):
+    with arm(tmp_path) as one, arm(tmp_path, "other") as other:
+        with arm(tmp_path, "third", ELSE="1") as third:
+            assert parent(third.process.pid) != parent(one.process.pid) == parent(other.process.pid)
+        assert (one.process.poll(), other.process.poll(), third.process.returncode) == (None, None, 0)
 
 
 def test_what_ends_an_arm_is_in_its_log_and_its_status(tmp_path):
@@ -79,26 +114,27 @@ def test_what_ends_an_arm_is_in_its_log_and_its_status(tmp_path):
             one.build()
 
 
-def test_a_template_that_is_gone_takes_no_arm_with_it_and_is_replaced(tmp_path):
-    with arm(tmp_path, GONE="1") as one:
+def test_a_template_that_is_gone_takes_no_arm_with_it_and_is_replaced(light, tmp_path):
+    with arm(tmp_path) as one:
         os.kill(parent(one.process.pid), signal.SIGKILL)
         assert one.process.wait() == -signal.SIGKILL  # nobody can say any more how it ends
-        assert one.build()["weights"]
-        with arm(tmp_path, "next", GONE="1") as following:
-            assert following.build()["weights"]
+        assert one.build() == {"asked": "build"}
+        with arm(tmp_path, "next") as following:
+            assert following.build() == {"asked": "build"}
         assert following.process.returncode == 0
 
 
-def test_nothing_outlives_a_driver_that_is_killed(tmp_path):
-    words = [sys.executable, "-c", DRIVER, str(tmp_path)]
+def test_nothing_outlives_a_driver_that_is_killed(light, tmp_path):
+    words = [sys.executable, "-c", DRIVER, str(tmp_path), str(light)]
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     assert gone(int(done.stdout))
 
 
-def test_where_there_is_a_gpu_nothing_is_forked(tmp_path, monkeypatch):
+def test_where_there_is_a_gpu_nothing_is_forked(light, tmp_path, monkeypatch):
     assert template.usable()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not template.usable()
     with arm(tmp_path) as one:
-        assert isinstance(one.process, subprocess.Popen)
+        assert isinstance(one.process, subprocess.Popen) and one.build() == {"asked": "build"}
+    assert one.process.returncode == 0
