@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -262,26 +261,3 @@ def test_a_peer_that_cannot_be_built_is_a_record_in_one_line(bench, monkeypatch)
     found = kept(bench)
     assert found.verdict == Verdict(Level.FAILED, "build: RuntimeError: out of paper") and found.perf is None
     assert "torch" in found.environment["peer"]["versions"]
-
-
-def test_the_command_gates_times_and_reports_them(tmp_path):
-    """As a user runs it: one peer that runs and leaks, and one that can't be here."""
-    words = [
-        sys.executable, "-m", "bench.run", "--arms", "transformers_peft", "transformers_peft_fla", "--device", "cpu",
-        "--model", "qwen3.5-shallow-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3",
-        "--gate.repeats", "2", "--timing.blocks", "2", "--timing.micro-batches", "1", "--data.pack-length", "64",
-        "--lora.rank", "4", "--no-micro", "--reports", str(tmp_path), "--gate.oracle-cache", str(tmp_path / "oracle"),
-    ]  # fmt: skip
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    arms = {arm["arm"]: arm for arm in json.loads(done.stdout)["arms"]}
-    assert list(arms) == ["stock", "stock_again", "transformers_peft", "transformers_peft_fla"]
-    leaks, absent = arms["transformers_peft"], arms["transformers_peft_fla"]
-    assert leaks["level"] == "FAILED" and leaks["real_tokens_per_s"] > 0 and LEAK in leaks["reason"]
-    assert absent["level"] == "NOT_RUN" and absent["real_tokens_per_s"] is None
-    (path,) = tmp_path.glob("data/*/records.jsonl")
-    checks = {check.name: check for record in records.read(path)[2:3] for check in record.verdict.checks}
-    assert all(
-        checks[f"same {what} in both arms"].passed for what in ("initial weights", "frozen weights", "trained tensors")
-    )
-    assert not checks["gradient error ratio, worst parameter"].passed

@@ -37,13 +37,14 @@ from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    "--device", "cpu", "--model", "qwen3-shallow-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3",
+    "--device", "cpu", "--model", "qwen3.5-shallow-tiny", "--gate.steps", "3", "--gate.replicas", "2", "--gate.probes", "3",
     "--gate.repeats", "2", "--timing.blocks", "2", "--timing.micro-batches", "1", "--data.pack-length", "64", "--no-micro",
     "--no-gradient-checkpointing", "--lora.rank", "4",
 ]  # fmt: skip
 # One thread: on a box shared with other work, two threads that wait for each other are many times slower.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-ARMS = ["stock", "stock_again", "static_lora", "silu_mul"]
+ASKED = ["static_lora", "silu_mul", "transformers_peft", "transformers_peft_fla"]
+ARMS = ["stock", "stock_again", *ASKED]
 
 
 def words(*arguments: str, reports: Path) -> list[str]:
@@ -61,9 +62,10 @@ def command(*arguments: str, reports: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """One run with two optimizations, the one that is timed on a CPU and one that is not."""
+    """One run with two optimizations, the one that is timed on a CPU and one that is not, and two peers, the one that runs
+    and leaks and one that can't be here."""
     reports = tmp_path_factory.mktemp("bench") / "reports"
-    return reports, command("--arms", "static_lora", "silu_mul", reports=reports)
+    return reports, command("--arms", *ASKED, reports=reports)
 
 
 def differing(reports: Path) -> list[str]:
@@ -84,7 +86,7 @@ def test_it_ends_well_with_one_json_line_on_stdout(done):
     summary = json.loads(line)
     arms = {arm["arm"]: arm for arm in summary["arms"]}
     assert list(arms) == ARMS and summary["left"] == []
-    assert [arm["level"] for arm in arms.values()] == ["BITWISE", "BITWISE", "BITWISE", "ROUNDING"]
+    assert [arm["level"] for arm in arms.values()] == [*["BITWISE"] * 3, "ROUNDING", "FAILED", "NOT_RUN"]
     assert all(arm["reason"] for arm in arms.values())
 
 
@@ -103,9 +105,9 @@ def test_records_hold_the_run(done):
     reports, process = done
     kept = records.read(records_file(reports))
     assert [record.arm for record in kept] == ARMS
-    assert [record.role for record in kept] == ["reference", "repeat", "optimization", "optimization"]
+    assert [record.role for record in kept] == ["reference", "repeat", *["optimization"] * 2, *["peer"] * 2]
     assert len({record.run_id for record in kept}) == 1
-    for record in kept:
+    for record in kept[:-1]:
         assert len(record.losses) == len(record.reference_losses) == len(record.noise_sigma) == 3
         assert record.recipe["gate"]["steps"] == 3 and record.recipe["dtype"] == "float32"
         assert not {"reports", "arms", "run", "minutes"} & set(record.recipe) and "oracle_cache" not in record.recipe["gate"]
@@ -113,14 +115,29 @@ def test_records_hold_the_run(done):
         assert str(reports.parent) not in json.dumps([record.data, record.recipe])
         assert record.data["pack_length"] == 64 and record.environment["matmul_flops_per_s"] > 0
         assert record.environment["device_slug"] == records_file(reports).parent.name
-        assert record.command.startswith("python -m bench.run --arms static_lora silu_mul")
-    assert [{check.part for check in record.verdict.checks} for record in kept[2:]] == [set(PARTS), set(PARTS) - {0}]
+        assert record.command.startswith(f"python -m bench.run --arms {' '.join(ASKED)}")
+    assert [{check.part for check in record.verdict.checks} for record in kept[2:4]] == [set(PARTS), set(PARTS) - {0}]
     states = {check.state for check in kept[3].verdict.checks if check.part == 2}
     assert states == {"step 0", "step 1, slow decay", "step 2", "overfit"}
     summary = {arm["arm"]: arm for arm in json.loads(process.stdout)["arms"]}
     assert kept[2].perf.ratio == summary["static_lora"]["ratio"] and kept[3].perf is None
     assert any("StaticLora" in path for path in kept[2].environment["paths"])
     assert not any("StaticLora" in path for path in kept[0].environment["paths"])
+
+
+def test_a_peer_that_leaks_is_timed_and_one_that_cannot_be_here_is_not(done):
+    reports, process = done
+    arms = {arm["arm"]: arm for arm in json.loads(process.stdout)["arms"]}
+    leaks, absent = arms["transformers_peft"], arms["transformers_peft_fla"]
+    leak = "editing documents outside the loss leaves the micro-step unchanged"
+    assert leaks["level"] == "FAILED" and leaks["real_tokens_per_s"] > 0 and leak in leaks["reason"]
+    assert absent["level"] == "NOT_RUN" and absent["real_tokens_per_s"] is None
+    (kept,) = (record for record in records.read(records_file(reports)) if record.arm == "transformers_peft")
+    checks = {check.name: check for check in kept.verdict.checks}
+    assert all(
+        checks[f"same {what} in both arms"].passed for what in ("initial weights", "frozen weights", "trained tensors")
+    )
+    assert not checks["gradient error ratio, worst parameter"].passed
 
 
 def test_reports_are_rendered_and_rendering_again_changes_nothing(done):
