@@ -46,10 +46,10 @@ GATE = "lossless gate"  # the property of a report that is one
 LONGEST = (  # files of tests; compiling takes minutes in one test, so it comes after the arms, which need two processes
     "lossless/test_arms.py", "abtest/test_survivors_op_level.py", "abtest/test_end_to_end.py", "lossless/test_ops.py",
     "bench/test_run.py", "contract/test_cross_compile.py", "contract/test_conv_silu_norm.py",
-    "abtest/test_catalogue_benign.py", "bench/test_peers.py", "bench/test_peer_models.py", "abtest/test_parallel.py",
+    "abtest/test_catalogue_benign.py", "bench/test_peer_models.py", "abtest/test_parallel.py",
     "abtest/test_structure.py", "abtest/test_catalogue_b.py", "bench/test_search_command.py", "contract/test_cuda_graphs.py",
     "abtest/test_units.py", "abtest/test_catalogue_a.py", "contract/test_packed_attention_kernel.py",
-    "abtest/test_template.py", "abtest/test_gate_on_itself.py", "bench/test_profile_command.py",
+    "bench/test_peers.py", "abtest/test_gate_on_itself.py", "bench/test_profile_command.py", "abtest/test_template.py",
     "abtest/test_closing_line.py", "loop/test_interrupt.py", "contract/test_fp8_mma_build.py", "data/test_default_data.py",
 )  # fmt: skip
 

@@ -30,12 +30,13 @@ from abtest.settings import GateConfig
 from abtest.verdict import Level, Verdict
 from kernels import registry
 from kernels.contract import Exactness, Optimization
-from loop.config import Config, DataConfig
+from loop.config import Config, DataConfig, LoraConfig
 from loop.lora import Adapter, adapters
 from loop.optim import learning_rate
 from loop.run import Run
 
-CONFIG = dataclasses.replace(TINY, model="qwen3-shallow-tiny", steps=6, data=DataConfig(pack_length=96))
+RANK = LoraConfig(rank=16, alpha=8.0)  # reaches the overfit state in half the steps that a rank of 4 takes
+CONFIG = dataclasses.replace(TINY, model="qwen3-shallow-tiny", steps=6, data=DataConfig(pack_length=96), lora=RANK)
 HYBRID = dataclasses.replace(CONFIG, model="qwen3.5-shallow-tiny")
 SETTINGS = GateConfig(steps=6, replicas=4, probes=4, repeats=2)
 ROW, SCALE = "gradient error ratio, worst row", "gradient scale error"
