@@ -139,7 +139,8 @@ def _moving(reference: Evidence, candidate: Evidence) -> list[Check]:
 def _ran(reference: Evidence, candidate: Evidence) -> list[Check]:
     """Proof that the candidate ran: other bits than the reference, or some of the reference's work no longer done."""
     change = changes(reference.work, candidate.work)
-    settled = candidate.free_run["replays"][len(candidate.free_run["replays"]) // 2 :]  # by then all graphs are captured
+    replays = candidate.free_run["replays"]
+    settled = replays[len(replays) // 2 :]  # by then all graphs are captured
     differs = same_bits(reference, candidate) is not None
     ran = differs or bool(change.gone) or settled[-1] > 0
     detail = "" if ran else "it has the reference's bits and still does all of the reference's work"

@@ -35,31 +35,30 @@ class Accumulators:
     """
 
     def __init__(self, masters: Mapping[str, Tensor]) -> None:
-        self.masters = dict(masters)
-        self.buffers: dict[str, Tensor] = {}
-        self.places: dict[Tensor, Tensor] = {}  # the same ones, by master
+        self.masters = tuple(masters.values())
+        self.buffers: dict[Tensor, Tensor] = {}  # by master
 
     def held(self) -> Held:
-        return tuple(master.grad is not None for master in self.masters.values())
+        return tuple(master.grad is not None for master in self.masters)
 
     def settle(self) -> None:
         """Moves gradients that lie elsewhere, because a micro-step ran without a graph, into their buffers."""
-        for name, master in self._with_gradient():
-            buffer = self._buffer(name)
+        for master in self._with_gradient():
+            buffer = self._buffer(master)
             if master.grad is not buffer:
                 buffer.copy_(master.grad)
                 master.grad = buffer
 
     def start(self, held: Held) -> None:
         """The gradients that a micro-step begins with: the buffers, or none."""
-        for (name, master), has in zip(self.masters.items(), held, strict=True):
-            master.grad = self.buffers[name] if has else None
+        for master, has in zip(self.masters, held, strict=True):
+            master.grad = self.buffers[master] if has else None
 
     def allocate(self, waiting: Late) -> None:
         """Buffers for whatever has a gradient now, or will have."""
-        for name, master in self.masters.items():
+        for master in self.masters:
             if master.grad is not None or master in waiting:
-                self._buffer(name)
+                self._buffer(master)
 
     def store(self, waiting: Late) -> None:
         """Brings gradients that lie elsewhere, or wait, into their buffers, which are there already. Part of the graph.
@@ -67,8 +66,8 @@ class Accumulators:
         Rounds nothing, and adds in fp32 and in the order in which the optimizer would: what it has got already comes first.
         """
         copied, added = [], []
-        for name, master in self.masters.items():
-            own, late, buffer = master.grad, waiting.pop(master, None), self.buffers.get(name)
+        for master in self.masters:
+            own, late, buffer = master.grad, waiting.pop(master, None), self.buffers.get(master)
             if own is not None and own is not buffer:
                 copied.append((buffer, own))
             if late is not None:
@@ -80,27 +79,26 @@ class Accumulators:
 
     def publish(self, given: Held) -> None:
         """After a replay: the buffers that it wrote are the gradients."""
-        for (name, master), has in zip(self.masters.items(), given, strict=True):
+        for master, has in zip(self.masters, given, strict=True):
             if has:
-                master.grad = self.buffers[name]
+                master.grad = self.buffers[master]
 
     def copies(self, held: Held) -> list[Tensor]:
         """What the buffers of `held` gradients hold, for `restore`."""
-        return [self.buffers[name].clone() for name, has in zip(self.masters, held, strict=True) if has]
+        return [self.buffers[master].clone() for master, has in zip(self.masters, held, strict=True) if has]
 
     def restore(self, held: Held, copies: list[Tensor]) -> None:
         self.start(held)
-        for (_, master), copy in zip(self._with_gradient(), copies, strict=True):
+        for master, copy in zip(self._with_gradient(), copies, strict=True):
             master.grad.copy_(copy)
 
-    def _with_gradient(self) -> list[tuple[str, Tensor]]:
-        return [(name, master) for name, master in self.masters.items() if master.grad is not None]
+    def _with_gradient(self) -> list[Tensor]:
+        return [master for master in self.masters if master.grad is not None]
 
-    def _buffer(self, name: str) -> Tensor:
-        if name not in self.buffers:
-            self.buffers[name] = torch.empty_like(self.masters[name], requires_grad=False)
-            self.places[self.masters[name]] = self.buffers[name]
-        return self.buffers[name]
+    def _buffer(self, master: Tensor) -> Tensor:
+        if master not in self.buffers:
+            self.buffers[master] = torch.empty_like(master, requires_grad=False)
+        return self.buffers[master]
 
 
 def _add(pairs: list[Pair]) -> None:

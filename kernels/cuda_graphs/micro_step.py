@@ -153,7 +153,7 @@ class GraphedMicroStep:
             self.loss.copy_(loss)
 
         try:
-            with deferred(run.optimizer, gradients.places) as waiting:
+            with deferred(run.optimizer, gradients.buffers) as waiting:
                 for _ in range(1 if self.counts[CAPTURES] else WARM_UPS):
                     gradients.start(held)
                     self.recorder.warm(lambda: forward_backward(run, inputs))

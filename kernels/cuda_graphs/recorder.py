@@ -20,7 +20,11 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.release()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.taken = 0  # bytes
 
     def warm(self, work: Work) -> None:
         """Runs `work` as it will be captured, so that everything is compiled, tuned and allocated that it needs once."""
@@ -46,8 +50,7 @@ class CudaRecorder:
 
     def release(self) -> None:
         """Begins a pool of its own for whatever is captured next. The memory of the last one is free once its graphs are."""
-        self.pool = torch.cuda.graph_pool_handle()
-        self.taken = 0  # bytes
+        self._begin()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -30,7 +30,7 @@ def weight_gradient(dy: Tensor, x: Tensor, held: Tensor | None = None, into: Ten
             return product.float() if into is None else into.copy_(product)
         return held.add_(product)
     if held is None:
-        return torch.mm(transposed, x, out_dtype=torch.float32, **({} if into is None else {"out": into}))
+        return torch.mm(transposed, x, out_dtype=torch.float32, out=into)
     return torch.addmm(held, transposed, x, out_dtype=torch.float32, out=held)
 
 

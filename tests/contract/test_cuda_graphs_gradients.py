@@ -166,8 +166,8 @@ def as_a_graph_does(optimizer: MasterAdamW) -> Callable[[int, tuple[str, ...]], 
             accumulators.allocate(waiting)
             accumulators.store(waiting)
             assert waiting == {}
-        for name, master in optimizer.masters.items():
-            assert master.grad is None or master.grad is accumulators.buffers[name]
+        for master in optimizer.masters.values():
+            assert master.grad is None or master.grad is accumulators.buffers[master]
 
     return step
 
