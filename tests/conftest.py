@@ -1,4 +1,4 @@
-"""Shared by all tests: the interpreter switch, the default data, and the line that closes a run of lossless gates.
+"""Shared by all tests: the interpreter switch, the default data, ended processes, and the line that closes a run of gates.
 
 A gate is a lossless test of one optimization: of its op on one workload with one seed, in all autotune configurations or
 beyond 2^31 elements, or of a whole arm. The line says how many were executed and how many were not. It is made here, since
@@ -11,8 +11,9 @@ import functools
 import gc
 import os
 import signal
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,25 @@ LONGEST = (  # files of tests; compiling takes minutes in one test, so it comes 
     "bench/test_peers.py", "abtest/test_gate_on_itself.py", "bench/test_profile_command.py", "abtest/test_template.py",
     "abtest/test_closing_line.py", "loop/test_interrupt.py", "contract/test_fp8_mma_build.py", "data/test_default_data.py",
 )  # fmt: skip
+
+
+@pytest.fixture
+def gone() -> Callable[[int, float], bool]:
+    """Whether a process ends within so many seconds; one that nobody waits for is done with when it is a zombie."""
+
+    def ended(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
+    def gone(pid: int, within: float) -> bool:
+        deadline = time.monotonic() + within
+        while not ended(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return ended(pid)
+
+    return gone
 
 
 @pytest.fixture(scope="session", autouse=True)

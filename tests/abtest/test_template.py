@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,18 +68,6 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def gone(pid: int, within: float = 30.0) -> bool:
-    """Whether a process ends in time; one that nobody waits for is done with when it is a zombie."""
-    for _ in range(int(within / 0.05)):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def test_arms_of_an_environment_are_forked_by_one_template(tmp_path):
     with arm(tmp_path) as one, arm(tmp_path, "other", PYTEST_CURRENT_TEST="another") as other:
         assert one.process.pid != other.process.pid != os.getpid()
@@ -124,11 +111,11 @@ def test_a_template_that_is_gone_takes_no_arm_with_it_and_is_replaced(light, tmp
         assert following.process.returncode == 0
 
 
-def test_nothing_outlives_a_driver_that_is_killed(light, tmp_path):
+def test_nothing_outlives_a_driver_that_is_killed(light, tmp_path, gone):
     words = [sys.executable, "-c", DRIVER, str(tmp_path), str(light)]
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert gone(int(done.stdout))
+    assert gone(int(done.stdout), 30)
 
 
 def test_where_there_is_a_gpu_nothing_is_forked(light, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_what_takes_too_long_is_interrupted_and_keeps_what_it_has(tmp_path):
     assert (tmp_path / "logs" / "long.log").read_text() == "begun\nkept\n" and time.monotonic() - began < 20
 
 
-def test_what_does_not_heed_an_interrupt_is_ended_with_its_children(tmp_path, monkeypatch):
+def test_what_does_not_heed_an_interrupt_is_ended_with_its_children(tmp_path, monkeypatch, gone):
     monkeypatch.setattr(session, "PATIENCE", 0.5)
     deaf = (
         "import signal, subprocess, sys, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -104,17 +104,7 @@ def test_what_does_not_heed_an_interrupt_is_ended_with_its_children(tmp_path, mo
     (ended,) = Session([python("deaf", deaf, seconds=2)], tmp_path / "logs").run()
     assert ended.cut and ended.code == -signal.SIGKILL
     child = int((tmp_path / "logs" / "deaf.log").read_text())
-    deadline = time.monotonic() + 10
-    while _alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _alive(child)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert gone(child, 10)
 
 
 def test_the_session_ends_in_time_and_says_what_was_not_begun(tmp_path, capsys):
