@@ -9,10 +9,10 @@ OPTIMIZATION = Optimization(
     summary="base products, adapters and their backward of all projections that share an input as one autograd node, narrow "
     "frozen projections included",
     exactness=Exactness.ROUNDING,
-    why_exact="the same products; an adapter's output is rounded once on the way, not three times, and scaled and added to "
-    "the base's inside that product, and dx is the sum of dy W over the projections, then of (s dy B) A, each added inside "
-    "its product, where autograd adds rounded products in another order; in half precision a narrow frozen projection is a "
-    "part of the adapters' products, whose sums may be taken in another order than those of its own",
+    why_exact="the same products; an adapter's output is scaled and added to the base's inside its own product, not rounded "
+    "three times on the way, and dx is the sum of dy W over the projections, then of (s dy B) A, each added inside its "
+    "product, where autograd adds rounded products in another order; in half precision a narrow frozen projection is a part "
+    "of the adapters' products, whose sums may be taken in another order than those of its own",
     eligible=patch.eligible,
     apply=patch.apply,
     op=op.lora_op(

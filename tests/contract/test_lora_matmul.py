@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abtest.opcheck import check_op
@@ -174,6 +175,24 @@ def test_the_op_is_as_close_to_the_truth_as_peft(shape, dtype):
     for seed in range(2):
         report = check_op(OPTIMIZATION.op, Workload("case", shape, dtype), CPU, seed)
         assert report.passed, report.verdict.reason
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [(1e-5, 0.02, 0.4), (1e-4, 0.4, 0.95), (1e-3, 0.99, 1.01)])
+def test_as_much_of_a_small_adapter_rounds_away_as_in_peft(size, low, high):
+    """Early in a bf16 run that is most of it. Where more arrives, the run is another one, be it nearer to the truth."""
+    rows, width = 512, 256
+    x, weight, a = (normal(*shape, seed=sum(shape)) for shape in ((rows, width), (width, width), (32, width)))
+    x, weight, a = x.bfloat16(), (weight / 16).bfloat16(), (a / 16).bfloat16()
+    b = (normal(width, 32, seed=7).sign() * size).bfloat16()
+    base, adapter = F.linear(x, weight), 2.0 * F.linear(F.linear(x, a), b)
+
+    def arrived(y: Tensor) -> float:
+        return float((y - base.double()).flatten() @ adapter.double().flatten() / adapter.double().square().sum())
+
+    (own,) = lora_matmul(x, [weight], [None], [a], [b], (2.0,))
+    peft_share = arrived(base + adapter)
+    assert low < peft_share < high
+    assert arrived(own) == pytest.approx(peft_share, abs=0.02)
 
 
 @pytest.mark.parametrize("workload", [w for w in OPTIMIZATION.op.workloads if w.small], ids=lambda w: w.name)
