@@ -163,16 +163,20 @@ def train(
 
 
 def train_step(run: Run, dataset: Dataset, step: int) -> StepLog:
-    """One optimizer step over `grad_accum` micro-steps, normalised by the step's supervised tokens."""
+    """One optimizer step over `grad_accum` micro-steps, normalised by the step's supervised tokens.
+
+    The update is asked for before losses and norm are read: the host waits for the device once, when there is nothing left
+    to launch. Where one of them is no number, the update was made of it; what is raised says so before anything is saved.
+    """
     began = time.perf_counter()
     config = run.config
     batches = dataset.micro_batches(step, config.grad_accum, config.data.packs_per_micro_step)
     supervised = sum(batch.supervised_tokens for batch in batches)
-    loss_sums = accumulate(run, batches, supervised)
+    sums = micro_steps(run, batches, supervised)
+    lr, norm = run.optimizer.step(step)
+    loss_sums, grad_norm = sums.tolist(), float(norm)
     _check_finite(step, loss_sums)
     loss_sum = sum(loss_sums)
-    lr, norm = run.optimizer.step(step)
-    grad_norm = float(norm)
     if not math.isfinite(grad_norm):
         raise NonFiniteLoss(
             f"step {step}: the gradient norm is {grad_norm} although the loss is finite ({loss_sum}); "
@@ -195,8 +199,12 @@ def train_step(run: Run, dataset: Dataset, step: int) -> StepLog:
 
 def accumulate(run: Run, batches: list[PackedBatch], supervised: int) -> list[float]:
     """Forward and backward of every micro-batch; returns their loss sums. One device synchronisation, at the end."""
-    sums = [run.micro_step(run, batch.to(run.device), supervised) for batch in batches]
-    return torch.stack(sums).double().tolist()
+    return micro_steps(run, batches, supervised).tolist()
+
+
+def micro_steps(run: Run, batches: list[PackedBatch], supervised: int) -> torch.Tensor:
+    """The same without a synchronisation: fp64 loss sums [micro-batches] on the device."""
+    return torch.stack([run.micro_step(run, batch.to(run.device), supervised) for batch in batches]).double()
 
 
 def _check_finite(step: int, loss_sums: list[float]) -> None:
