@@ -20,6 +20,7 @@ from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ("abtest.worker",)
+OUT_OF_MEMORY = "out of memory"  # how an arm says so
 OnStep = Callable[[int, int], None]
 
 
@@ -30,6 +31,11 @@ class ArmFailed(Exception):
     def __init__(self, message: str, output: str = "") -> None:
         super().__init__(message)
         self.output, self.command = output, ""
+
+    @property
+    def of_memory(self) -> bool:
+        """Whether device memory was short."""
+        return str(self).startswith(OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ CENSUS_OPERATORS = 8  # new operators that are bent one by one
 
 class Examiner:
     """Commands of a worker, which holds `run`, `config`, `optimizations`, `exact` and `own`, and knows `_load`, `_probe`,
-    `_release`, `_switch_on` and `step`."""
+    `_release`, `_make`, `_let_go`, `_switch_on` and `step`."""
 
     def _measure(self, probe: Probe, truth: str, distances: Distances, marks: list) -> None:
         self.run.optimizer.zero_grad()
@@ -49,9 +50,12 @@ class Examiner:
         self._release()
         return {"findings": [dataclasses.asdict(finding) for finding in findings]}
 
-    def update(self, seed: int, weights: str, state: str, count: int) -> dict:
+    def update(self, seed: int, weights: str, state: str, count: int, alone: bool) -> dict:
         """Check 3, and check 5's part with dropout, on a run built anew: with rates at which an update can be told from
-        rounding, and with dropout where the arm takes it."""
+        rounding, and with dropout where the arm takes it. alone: the arm's own run makes way for it, and is built again
+        behind it; two of them, and copies of an optimizer's state, are more than a device may hold."""
+        if alone:
+            self._let_go()
         self._release()
         config, findings = update_config(self.config), []
         run = self._again(dropout.dropout_config(config)) if self.config.method == "lora" else None
@@ -62,7 +66,10 @@ class Examiner:
             findings = [dataclasses.asdict(finding) for finding in dropout.examine(run, batch, self.step)]
         report = check_update(run, seed)
         del run
+        gc.collect()  # hooks and what they hold refer to each other
         self._release()
+        if alone:
+            self._make()
         return {
             "error": report.error, "name": report.name, "problems": list(report.problems), "limit": UPDATE,
             "findings": findings,

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,8 @@ from loop.model import resolve_device
 RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm, and several fill a GPU: arms take turns
 TRIPWIRE_PROBES = 3
 STRUCTURE_PROBES = (0, 1, 2)  # a real pack, a tricky one, two rows
-# Replicas recompute nothing where memory allows it: their losses are the reference's, and they take a quarter less time.
+# On a CPU replicas recompute nothing: their losses are the reference's, and they take a quarter less time. A GPU's memory is
+# better spent on more arms side by side.
 UNCHECKPOINTED = "keep_activations"
 
 
@@ -171,18 +172,15 @@ class Experiment:
             }
         reference.call("save_weights", path=self.weights[self.states[0]])
         beside = first is not None and self.settings.parallel > 1 and not self.crowded
-        # Those come last that wait for the oracle: for what it finds, or for its memory.
         tasks = [lambda: self._reference_evidence(build), self._exact, self._replicas, lambda: self._repeat(again, timed)]
         if beside:
-            tasks += [lambda: self._beside(first), self._more_replicas]
+            tasks += [lambda: self._collect_early(first, traced), self._more_replicas]
         reference, _, _, gradients, *_ = self._together(*tasks)
+        if self.seeds:  # the process that had begun it ended for want of memory, and the other was through by then
+            self._kicked("replicas")
         self.reference = dataclasses.replace(reference, gradients=gradients)
         self.sigma = noise_floor(self.reference.losses, [self.kicked[seed] for seed in sorted(self.kicked)])
         self.seconds["prepare"] = time.monotonic() - began
-
-    def _beside(self, spec: ArmSpec) -> None:
-        self.exact_through.wait()  # until then memory is the oracle's
-        self._collect_early(spec, self.traced)
 
     def _repeat(self, build: dict, timed: bool) -> dict[str, dict]:
         """The reference's second process: the run once more, and the reference's gradients. Those take as long as all else
@@ -191,7 +189,7 @@ class Experiment:
             # Not resynced: the repeat must come to the same weights by itself.
             self.repeat = Evidence(build, self._free_run(self.repeat_arm, resync={}))
             self.trained.wait()
-            self.exact_through.wait()
+            self.exact_through.wait()  # until then memory is the oracle's
             for state, known in self.gradients_known.items():
                 known.set_result(self._reference_gradients(state))
         if not timed:
@@ -241,25 +239,22 @@ class Experiment:
         resync = self.resync if resync is None else resync
         return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
 
-    def _replicas(self, name: str = "replicas") -> None:
-        """Kicked references until none is left. Without recomputation where there may be memory for it: in full fine-tuning
-        on a GPU the other arms need it, each of which has fp32 weights and moments of its own."""
+    def _replicas(self) -> None:
+        """Kicked references until none is left."""
         self.trained.wait()
-        if self.config.method == "lora" or resolve_device(self.config)[0].type == "cpu":
-            try:
-                return self._kicked(ArmSpec(name, self.config, (*self.base, UNCHECKPOINTED)))
-            except ArmFailed:  # what it keeps did not fit beside the others after all
-                pass
-        return self._kicked(ArmSpec(name, self.config, self.base))
+        self._kicked("replicas")
 
     def _more_replicas(self) -> None:
-        """A second process for them, once there is memory for it and if it is worth its start."""
+        """A second process for them, once there is memory for it and if it is worth its start. Should it end for want of
+        memory, what it had begun is left to the first."""
         self.exact_through.wait()
         if len(self.seeds) > 1:
-            self._replicas("more replicas")
+            with suppress(ArmFailed):
+                self._kicked("more replicas")
 
-    def _kicked(self, spec: ArmSpec) -> None:
-        with self._arm(spec) as arm:
+    def _kicked(self, name: str) -> None:
+        kept = (UNCHECKPOINTED,) if resolve_device(self.config)[0].type == "cpu" else ()
+        with self._arm(ArmSpec(name, self.config, (*self.base, *kept))) as arm:
             arm.build()
             while self.seeds:
                 try:
@@ -298,7 +293,7 @@ class Experiment:
         step = self._step(arm.spec.name, "structure")
         findings = arm.call("structure", step, **slow, indexes=list(STRUCTURE_PROBES), repeats=repeats)["findings"]
         work = arm.call("work", **slow, index=1)
-        update = arm.call("update", **slow)
+        update = arm.call("update", **slow, alone=self.crowded)
         findings += update.pop("findings")
         gradients = {state: self._gradients(arm, state) for state in self.states} if candidate else {}
         return Evidence(build, run, gradients, findings, update, work, None, arm.call("autotuned"))
@@ -340,7 +335,11 @@ class Experiment:
     def gate_arm(self, spec: ArmSpec, claim: Exactness, traced: bool = False) -> Candidate:
         """Builds and runs an arm in a fresh process, if that is not done yet, and judges it. The caller ends the arm. Raises
         ArmFailed."""
-        collected = self.early.pop(spec, None) or self._collect(spec, traced)
+        collected = self.early.pop(spec, None)
+        if collected is not None and collected.error is not None and collected.error.of_memory:
+            collected.arm.__exit__(None, None, None)  # others had it then, so that says nothing of the arm
+            collected = None
+        collected = collected or self._collect(spec, traced)
         began, arm, evidence = time.monotonic() - collected.seconds, collected.arm, collected.evidence
         with ExitStack() as stack:
             stack.push(arm)

@@ -1,7 +1,8 @@
 """The oracle's gradients on disk: computed once for a model, its weights and a probe, whoever asks.
 
 Named by what determines them, so nothing has to be invalidated: a file of another model is never looked at. The oldest go
-first when the folder grows beyond its budget.
+first when the folder grows beyond its budget, but none that a gate may still be about to read: several of them may share the
+folder, and one that takes more than the budget would throw out its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -38,13 +41,17 @@ def version() -> str:
     return digest.hexdigest()
 
 
+RECENT = 3600.0  # seconds since a file was used last in which a gate may want it again
+
+
 class OracleCache:
-    """Gradient files under `folder`, at most `budget` bytes of them, and never more than half of the free disk."""
+    """Gradient files under `folder`: at most `budget` bytes of those that no gate has used in the last hour, and together
+    never more than `room`, which leaves half of the free disk to others."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.budget = min(budget, self.held() + shutil.disk_usage(folder).free // 2)
+        self.folder, self.budget = folder, budget
+        self.room = self.held() + shutil.disk_usage(folder).free // 2
 
     def path(self, *facts: object) -> Path:
         """The file of what `facts` determine: fingerprints of model, weights and probe, dtypes; and of `version`."""
@@ -67,13 +74,23 @@ class OracleCache:
         return notes
 
     def held(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return sum(size for _, size, _ in self._files())
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        """Time of the last use, bytes and path, the oldest first. Others may be at work here: a file may be gone already."""
+        found = []
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return sorted(found)
 
     def _make_room(self, wanted: int) -> None:
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-        held = sum(path.stat().st_size for path in files)
-        for path in files:
-            if held + wanted <= self.budget:
+        files = self._files()
+        held = sum(size for _, size, _ in files)
+        for used, size, path in files:
+            recent = time.time() - used < RECENT
+            if held + wanted <= (self.room if recent else min(self.budget, self.room)):
                 return
-            held -= path.stat().st_size
+            held -= size
             path.unlink(missing_ok=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from abtest.arm import Arm
@@ -37,10 +38,13 @@ class Truths:
         return self.arm.build()
 
     def end(self) -> None:
-        """Ends the oracle's process; it starts again should a file be missing."""
+        """Ends the oracle's process, which takes much memory; should a file be missing then, it is started for that file."""
         with self.lock:
-            self.arm.__exit__(None, None, None)
-            self.arm = None
+            self._end()
+
+    def _end(self) -> None:
+        self.arm.__exit__(None, None, None)
+        self.arm = None
 
     def prefetch(self, wanted: Iterable[str]) -> None:
         """Works ahead of whoever will ask."""
@@ -52,10 +56,13 @@ class Truths:
     def get(self, state: str, index: int) -> str:
         """The file with the exact gradients of a probe; made again should the cache have dropped it."""
         path = self.paths.get((state, index))
-        if path is not None and Path(path).exists():
-            return path
+        if path is not None:
+            with suppress(FileNotFoundError):
+                os.utime(path)  # still wanted, whoever else needs room
+                return path
         with self.lock:
-            if self.arm is None:
+            ended = self.arm is None
+            if ended:
                 self.build()
             answer = self.arm.call(
                 "oracle", **self.at(state), index=index, folder=str(self.settings.oracle_cache.absolute()),
@@ -63,6 +70,8 @@ class Truths:
             )  # fmt: skip
             self.paths[state, index] = answer["path"]
             self._note(state, answer["notes"])
+            if ended:
+                self._end()
         return answer["path"]
 
     def _note(self, state: str, notes: dict[str, Any]) -> None:

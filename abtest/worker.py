@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from abtest import fingerprint as fp
 from abtest import states, tripwire
+from abtest.arm import OUT_OF_MEMORY
 from abtest.catalogue import find
 from abtest.census import model_flops
 from abtest.examiner import Examiner, plain
@@ -70,21 +71,16 @@ class Worker(Examiner, Stopwatch):
         self.config, self.optimizations, self.planted = from_plain(Config(), config), optimizations, planted
         self.distances_of: dict[str, Distances] = {}
         self.marks: dict[str, list] = {}
-        self.loaded: str | None = None
         self.start: Start | None = None
         self.weights_marks: dict[str, str] = {}
         self.probe_sets: dict[tuple, list[Probe]] = {}
-        self.run, self.dataset = self._fresh(self.config)
-        self.held = Held.of(self.run)
-        before, parts = fp.seams(self.run), tripwire.parts(self.run)
-        self._switch_on(self.run)
-        self.own = tripwire.exchanged(parts, self.run)
+        changed = self._make()
         parameters = trainable(self.run.model)
         frozen = {name: p for name, p in self.run.model.named_parameters() if not p.requires_grad}
         answer = {
             "enabled": self.run.enabled,
             "refused": self.run.refused,
-            "changed": before != fp.seams(self.run),
+            "changed": changed,
             "weights": fp.fingerprint(parameters),
             "frozen": fp.fingerprint(dict(sorted((name.replace(".base_layer", ""), p) for name, p in frozen.items()))),
             "elements": {name: parameter.numel() for name, parameter in parameters.items()},
@@ -99,6 +95,21 @@ class Worker(Examiner, Stopwatch):
         self.model_mark = answer["weights"] + answer["frozen"] + settings
         self.exact = make_exact(self.run) if exact else None
         return answer
+
+    def _make(self) -> bool:
+        """Builds the arm's run. Returns whether what was switched on changed any of its seams."""
+        self.run, self.dataset = self._fresh(self.config)
+        self.loaded: str | None = None
+        self.held = Held.of(self.run)
+        before, parts = fp.seams(self.run), tripwire.parts(self.run)
+        self._switch_on(self.run)
+        self.own = tripwire.exchanged(parts, self.run)
+        return before != fp.seams(self.run)
+
+    def _let_go(self) -> None:
+        """Gives up the arm's run, and with it all that it holds."""
+        del self.run, self.held, self.own
+        gc.collect()
 
     def _fresh(self, config: Config) -> tuple[Run, Dataset]:
         return build(config)
@@ -167,8 +178,7 @@ class Worker(Examiner, Stopwatch):
 
     def _release(self) -> None:
         """What this process no longer needs, others on the same device may."""
-        if self.run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing happens where there is no device
 
     def _probe(self, state: str, index: int, count: int, seed: int) -> Probe:
         key = (state == states.OVERFIT, count, seed)
@@ -267,7 +277,7 @@ def main(make: Callable[[TextIO], Worker] = Worker, ahead: Sequence[str] = AHEAD
         except UserError as error:
             worker.event(user_error=str(error))
         except torch.OutOfMemoryError as error:
-            worker.event(failed=f"out of memory: {str(error).splitlines()[0]}")
+            worker.event(failed=f"{OUT_OF_MEMORY}: {str(error).splitlines()[0]}")
             return
 
 

@@ -141,8 +141,9 @@ class PeerWorker(worker.Worker):
         self._release()
         return {"findings": [dataclasses.asdict(finding) for finding in findings]}
 
-    def update(self, seed: int, weights: str, state: str, count: int) -> dict:
-        """Check 3 on the loop's optimizer over the peer's parameters, which then are as they were before."""
+    def update(self, seed: int, weights: str, state: str, count: int, alone: bool) -> dict:
+        """Check 3 on the loop's optimizer over the peer's parameters, which then are as they were before; never on a second
+        run, whether or not `alone`: a peer takes minutes to build."""
         run, kept = self.run, {name: value.detach().cpu().clone() for name, value in self.run.optimizer.state().items()}
         run.optimizer.release()
         config = update_config(self.config)

@@ -7,19 +7,22 @@ import io
 import os
 import stat
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import CONFIG
 
-from abtest import states, worker
+from abtest import examiner, states, worker
 from abtest.arm import ROOT, Arm, ArmFailed, ArmSpec
 from abtest.in_process import InProcessArm
+from abtest.structure import gradients
 from abtest.worker import Worker
 from loop.config import DataConfig
 from loop.errors import UserError
 from loop.recipe import to_plain
+from loop.training import build
 
 PLANTED = "lora_scale_off:first:0.01"
 # A worker whose `build` does what the arm's first optimization says. Named as the interpreter, it stands in for it.
@@ -171,6 +174,31 @@ def test_a_state_between_is_noted_for_its_probe_with_the_most_boundaries(tmp_pat
     ask = {"weights": path, "count": 6, "seed": 0, "folder": str(tmp_path / "o"), "budget": 1 << 30}
     for state in (states.names(30)[0], states.names(30)[2]):
         assert [set(made.oracle(state, index=i, **ask)["notes"]) for i in (0, 1)][1] == {"packing_error"}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_where_two_runs_are_too_many_an_arm_s_own_makes_way_for_its_update(alone, tmp_path, monkeypatch):
+    """One that was never let go would show in memory alone, on a device that is full. Behind it the arm is as it was."""
+    made = Worker(io.StringIO())
+    made.build(to_plain(CONFIG), [], planted=PLANTED)
+    path = str(tmp_path / "w.safetensors")
+    made.save_weights(path)
+    at = {"state": "step 0", "weights": path, "count": 3, "seed": 0}
+
+    def marks():
+        made._load(path)
+        return gradients(made.run, made._probe("step 0", 0, 3, 0)), made.run.enabled, sorted(made.own)
+
+    before, first, there = marks(), weakref.ref(made.run.model), []
+
+    def built(*arguments):
+        there.append(first() is not None)
+        return build(*arguments)
+
+    monkeypatch.setattr(examiner, "build", built)
+    made.update(**at, alone=alone)
+    assert there == [not alone] and (first() is made.run.model) == (not alone)
+    assert marks() == before
 
 
 # The same without a process

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import CONFIG
 
 from abtest import oracle_cache
-from abtest.oracle_cache import OracleCache
+from abtest.oracle_cache import RECENT, OracleCache
 from abtest.settings import GateConfig
 from abtest.truths import Truths
 from abtest.worker import Worker
@@ -110,7 +111,7 @@ def test_the_oldest_go_first_and_the_new_one_stays(tmp_path: Path) -> None:
     paths = [cache.path(index) for index in range(4)]
     for index, path in enumerate(paths[:3]):
         cache.get(path, made(float(index))[0])
-        age(path, 100 - index)
+        age(path, RECENT + 100 - index)
     make, calls = made(0.0)
     cache.get(paths[0], make)  # a hit: now it is the newest
     assert calls == []
@@ -124,6 +125,7 @@ def test_a_file_larger_than_the_budget_is_still_there(tmp_path: Path) -> None:
     one, other = cache.path("one"), cache.path("other")
     cache.get(one, made(1.0)[0])
     assert one.exists()
+    age(one, RECENT + 1)
     cache.get(other, made(2.0)[0])
     assert other.exists() and not one.exists()
     assert float(load_file(other)["weight"][0]) == 2.0
@@ -134,7 +136,49 @@ def test_half_of_the_free_disk_is_the_most(tmp_path: Path, monkeypatch) -> None:
     first.get(first.path("one"), made(1.0)[0])
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     cache = OracleCache(tmp_path, 10**12)
-    assert cache.budget == first.held() + 500
+    assert cache.room == first.held() + 500
+    cache.get(cache.path("two"), made(2.0)[0])  # even what was used just now goes then
+    assert [path.name for path in tmp_path.iterdir()] == [cache.path("two").name]
+
+
+def test_what_a_gate_may_be_about_to_read_stays(tmp_path: Path) -> None:
+    """Gates beside each other share the folder, and what one has just asked for is not the other's to throw out."""
+    cache = OracleCache(tmp_path, SIZE + HEADER)
+    paths = [cache.path(index) for index in range(4)]
+    for index, path in enumerate(paths[:3]):
+        cache.get(path, made(float(index))[0])
+    assert all(path.exists() for path in paths[:3]) and cache.held() > 2 * cache.budget
+    for path in paths[:3]:
+        age(path, RECENT + 1)
+    truths = Truths(lambda: None, GateConfig(), {"step 0": ""}, lambda arm, phase, done, total: None)
+    truths.paths["step 0", 1] = str(paths[1])
+    assert truths.get("step 0", 1) == str(paths[1])  # wanted again: as good as used
+    cache.get(paths[3], made(3.0)[0])
+    assert [path.exists() for path in paths] == [False, True, False, True]
+
+
+def test_a_file_that_another_gate_takes_away_meanwhile_is_no_error(tmp_path: Path, monkeypatch) -> None:
+    cache = OracleCache(tmp_path, SIZE)
+    cache.get(cache.path("one"), made(1.0)[0])
+    gone = tmp_path / "gone.safetensors"
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([gone, cache.path("one")]))
+    assert cache.held() == cache.path("one").stat().st_size
+    cache.get(cache.path("two"), made(2.0)[0])
+    assert cache.path("two").exists()
+
+
+def test_an_oracle_that_is_started_for_a_missing_file_ends_with_it(tmp_path: Path) -> None:
+    """It holds more memory than any other arm, and nobody would end it."""
+    arm, started = MagicMock(), []
+    arm.call = MagicMock(side_effect=lambda command, **at: {"path": str(tmp_path / f"{at['index']}"), "notes": {}})
+    truths = Truths(lambda: started.append(1) or arm, GateConfig(), {"step 0": ""}, lambda *step: None)
+    truths.build()
+    truths.get("step 0", 0)
+    assert truths.arm is arm and not arm.__exit__.called
+    truths.end()
+    for _ in range(2):  # its file is never there
+        assert truths.get("step 0", 0) == str(tmp_path / "0")
+    assert truths.arm is None and len(started) == 3 and arm.__exit__.call_count == 3
 
 
 def test_a_torn_write_leaves_nothing(tmp_path: Path, monkeypatch) -> None:

@@ -187,46 +187,96 @@ def test_where_optimizers_are_large_arms_take_turns(unmanned, monkeypatch):
     assert not unmanned.crowded and unmanned.resync and len(most) == 10 and max(most) > 1
 
 
-@pytest.mark.parametrize(
-    ("method", "device", "expected"),
-    [("lora", "cuda", [(UNCHECKPOINTED,), ()]), ("full", "cuda", [()]), ("full", "cpu", [(UNCHECKPOINTED,), ()])],
-)
-def test_replicas_run_without_recomputation_where_that_may_fit(method, device, expected, unmanned, monkeypatch):
-    tried = []
-
-    def runs(spec):
-        tried.append(spec.optimizations)
-        if UNCHECKPOINTED in spec.optimizations:
-            raise ArmFailed("out of memory")
-
-    monkeypatch.setattr(unmanned, "_kicked", runs)
+@pytest.mark.parametrize(("device", "expected"), [("cuda", ()), ("cpu", (UNCHECKPOINTED,))])
+def test_replicas_run_without_recomputation_where_memory_is_not_scarce(device, expected, unmanned, monkeypatch):
+    asked = MagicMock(return_value=MagicMock(__enter__=MagicMock()))
+    monkeypatch.setattr(unmanned, "_arm", asked)
+    monkeypatch.setattr(unmanned, "_free_run", lambda arm, phase, kick_seed: {"loss": [1.0]})
     monkeypatch.setattr(experiment_module, "resolve_device", lambda config: (torch.device(device), torch.float32))
-    unmanned.config = dataclasses.replace(CONFIG, method=method)
     unmanned.trained.set()
     unmanned._replicas()
-    assert tried == expected
+    assert [call.args[0].optimizations for call in asked.call_args_list] == [expected]
+    assert len(unmanned.kicked) == unmanned.settings.replicas
 
 
-def test_two_processes_share_the_replicas_and_what_one_fails_at_is_made_up_for(unmanned, monkeypatch):
-    """The first process ends at its second replica, once. Each seed is run to its end exactly once."""
+@pytest.mark.parametrize("process", ["replicas", "more replicas"])
+def test_two_processes_share_the_replicas_and_what_one_fails_at_is_made_up_for(process, unmanned, monkeypatch):
+    """One of them ends at a replica. That is the end if it is the first; of the second, the first takes over what is left.
+    Each seed is run to its end at most once."""
     unmanned.settings = dataclasses.replace(unmanned.settings, replicas=6)
     unmanned.seeds.extend(range(len(unmanned.seeds), 6))
     ended, runs = [], []
 
+    def kicked(name, own=unmanned._kicked):
+        here.name = name
+        own(name)
+
     def run(arm, phase, kick_seed):
         time.sleep(0.02)
-        if kick_seed == 1 and not ended:
+        if here.name == process and not ended:
             ended.append(kick_seed)
             raise ArmFailed("out of memory")
         runs.append(kick_seed)
         return {"loss": [float(kick_seed)]}
 
+    here = threading.local()
+    monkeypatch.setattr(unmanned, "_kicked", kicked)
     monkeypatch.setattr(unmanned, "_free_run", run)
     unmanned.trained.set()
     unmanned.exact_through.set()
-    unmanned._together(unmanned._replicas, unmanned._more_replicas)
-    assert ended == [1] and sorted(runs) == list(range(6)) and not unmanned.seeds
-    assert unmanned.kicked == {seed: [float(seed)] for seed in range(6)}
+    if process == "replicas":
+        with pytest.raises(ArmFailed, match="out of memory"):
+            unmanned._together(unmanned._replicas, unmanned._more_replicas)
+    else:
+        unmanned._together(unmanned._replicas, unmanned._more_replicas)
+        assert sorted([*runs, *unmanned.seeds]) == list(range(6))
+        unmanned._kicked("replicas")  # what the second ended at last
+        assert unmanned.kicked == {seed: [float(seed)] for seed in range(6)}
+    assert len(ended) == 1 and len(set(runs)) == len(runs)
+
+
+def test_a_replica_that_nobody_finished_is_run_before_the_noise_is_told(unmanned, monkeypatch):
+    def ends_with_one_left(name):
+        if name == "more replicas":
+            return
+        while len(unmanned.seeds) > (0 if len(asked) else 1):
+            seed = unmanned.seeds.popleft()
+            unmanned.kicked[seed] = [float(seed)]
+        asked.append(name)
+
+    asked = []
+    monkeypatch.setattr(unmanned, "_kicked", ends_with_one_left)
+    monkeypatch.setattr(unmanned, "_exact", lambda: unmanned.exact_through.set())
+    monkeypatch.setattr(unmanned, "_repeat", lambda build, timed: {})
+    monkeypatch.setattr(unmanned, "_collect_early", lambda spec, traced: None)
+
+    def reference(build):
+        unmanned.trained.set()
+        return Evidence(build, {"loss": [1.0]})
+
+    monkeypatch.setattr(unmanned, "_reference_evidence", reference)
+    unmanned.prepare(FIRST)
+    assert asked == ["replicas", "replicas"] and len(unmanned.kicked) == unmanned.settings.replicas
+
+
+@pytest.mark.parametrize(("message", "asked"), [("out of memory: CUDA out of memory", 2), ("it ended", 1)])
+def test_an_arm_that_found_no_memory_beside_others_is_asked_again(message, asked, unmanned, monkeypatch):
+    """When they are through. What it lacked then others had, which says nothing of the arm."""
+    tried = []
+
+    def collect(spec, traced=False):
+        tried.append(MagicMock(built={"refused": {"it": "not here"}}))
+        error = ArmFailed(message) if len(tried) == 1 else None
+        return experiment_module._Collected(tried[-1], None, error, 0.0)
+
+    monkeypatch.setattr(unmanned, "_collect", collect)
+    unmanned._collect_early(FIRST)
+    if asked == 1:
+        with pytest.raises(ArmFailed, match=message):
+            unmanned.gate_arm(FIRST, Exactness.ROUNDING)
+    else:
+        assert unmanned.gate_arm(FIRST, Exactness.ROUNDING).verdict.level is Level.NOT_RUN
+    assert len(tried) == asked and tried[0].__exit__.called
 
 
 def test_a_second_process_for_replicas_is_not_worth_its_start_at_the_end(unmanned, monkeypatch):

@@ -168,7 +168,7 @@ def test_checking_the_update_leaves_the_run_as_it_was(one_state):
     peer, given = one_state
     peer.free_run(2)
     before = {name: value.clone() for name, value in peer.run.optimizer.state().items()}
-    report_of = peer.update(**given)
+    report_of = peer.update(**given, alone=False)
     assert report_of["error"] <= report_of["limit"] and not report_of["problems"]
     after = peer.run.optimizer.state()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
