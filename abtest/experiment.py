@@ -186,9 +186,9 @@ class Experiment:
         """The reference's second process: the run once more, and the reference's gradients. Those take as long as all else
         that the reference is asked for, and its two processes have the same bits or nothing is compared."""
         with _settled(self.gradients_known.values()):
+            self.trained.wait()  # everybody waits for the reference's run, and nobody for this one
             # Not resynced: the repeat must come to the same weights by itself.
             self.repeat = Evidence(build, self._free_run(self.repeat_arm, resync={}))
-            self.trained.wait()
             self.exact_through.wait()  # until then memory is the oracle's
             for state, known in self.gradients_known.items():
                 known.set_result(self._reference_gradients(state))
@@ -241,7 +241,6 @@ class Experiment:
 
     def _replicas(self) -> None:
         """Kicked references until none is left."""
-        self.trained.wait()
         self._kicked("replicas")
 
     def _more_replicas(self) -> None:
@@ -256,6 +255,7 @@ class Experiment:
         kept = (UNCHECKPOINTED,) if resolve_device(self.config)[0].type == "cpu" else ()
         with self._arm(ArmSpec(name, self.config, (*self.base, *kept))) as arm:
             arm.build()
+            self.trained.wait()
             while self.seeds:
                 try:
                     seed = self.seeds.popleft()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from abtest.limits import ALPHA_BETTER, ALPHA_T, NOTHING, ROW_FLOOR
+from abtest.limits import ALPHA_BETTER, ALPHA_T, ALPHA_T_FEW, NOTHING, ROW_FLOOR
 from abtest.projection import Kept, Projected
 
 SMALL = 64  # tensors with fewer elements are pooled across layers
@@ -214,7 +214,8 @@ def _alpha(reference: Distances, candidate: Distances, names: list[str]) -> floa
         return math.nan
     one, two = ((values.mean(0) - 1).abs()).tolist()
     better = two <= one and abs(mean) <= ALPHA_BETTER
-    return abs(mean) if abs(mean) > ALPHA_T * spread and not better else 0.0
+    significant = abs(mean) > ALPHA_T_FEW.get(len(pairs), ALPHA_T) * spread
+    return abs(mean) if significant and not better else 0.0
 
 
 def _worst_row(reference: torch.Tensor, candidate: torch.Tensor, norm: float) -> float:

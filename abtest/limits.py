@@ -25,7 +25,10 @@ NOTHING = 1e-5
 ROW_FLOOR = 0.3  # a row's error counts as at least so much of the mean row's; a tenth flagged FLA on rows without a gradient
 ALPHA = 0.003  # scale error <g, g*> / |g*|^2 beside the reference's, where it is significant
 ALPHA_BETTER = 0.006  # the same where the candidate is nearer to the truth; by more, the reference itself is in doubt
-ALPHA_T = 5.0  # significant: Student's t, paired over probes
+ALPHA_T = 5.0  # significant: Student's t, paired over ten probes or more
+# Over fewer probes, by their number, the t that chance exceeds as rarely as 5.0 over ten: once in 1350 parameters. With 5.0
+# one parameter in 26 would be called significant over three probes. A scale error of 1 % has t = 777.
+ALPHA_T_FEW = {3: 36.8, 4: 14.3, 5: 9.3, 6: 7.3, 7: 6.3, 8: 5.7, 9: 5.3}
 # At the overfit state gradients are what is left of p - 1. The weights were trained until the reference's own rounding was
 # small there, and an honest rewrite's was not: it is further off in most parameters, by up to 1.6 and 2.5 in the worst.
 RHO_OVERFIT, RHO_FEW_OVERFIT, GEOMEAN_OVERFIT = 4.0, 10.0, 2.5

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         "run_id": f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{(environment['git_sha'] or 'nogit')[:7]}",
         "command": shlex.join(["python", "-m", "abtest.sensitivity", *arguments]),
         "environment": environment, "recipe": _recipe(command), "carrier": list(carrier(command, device)),
-        "limits": {name: value for name, value in vars(limits).items() if name.isupper()},
+        "limits": {name: value for name, value in vars(limits).items() if name.isupper() and isinstance(value, float)},
         "started": started, "finished": _now(), "seconds": time.monotonic() - began,
     }  # fmt: skip
     write_sensitivity(command.reports / "data", environment["device_slug"], lines, facts, sweep)

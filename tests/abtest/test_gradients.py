@@ -9,7 +9,7 @@ import torch
 
 from abtest import gate
 from abtest.gate import gradient_checks
-from abtest.gradients import Comparison, Distances, compare
+from abtest.gradients import Comparison, Distances, _alpha, compare
 
 BATCHES = 10
 SHAPES = {"layers.0.up.weight": (128, 32), "layers.1.up.weight": (128, 32), "norm.weight": (96,)}
@@ -243,6 +243,22 @@ def test_a_projection_nearer_to_the_truth_than_the_reference_s_is_no_scale_error
     for own, other in zip(reference, candidate, strict=True):
         own[name], other[name] = 1.008 * own[name], factor * other[name]
     assert (judged(candidate, truth, reference).alpha > gate.ALPHA) == caught
+
+
+@pytest.mark.parametrize("probes", [3, 4, 5, 7, 9, 10, 12])
+def test_chance_looks_like_a_scale_error_as_rarely_over_few_probes_as_over_ten(probes):
+    """Each of 4,000 parameters projects on the oracle as the reference does, but for noise above the limit."""
+    count, generator = 4000, torch.Generator().manual_seed(probes)
+    reference, candidate = Distances(), Distances()
+    for index in range(count):
+        name, ones = f"p{index}", [1.0] * probes
+        noise = (1 + 0.05 * torch.randn(probes, generator=generator, dtype=torch.float64)).tolist()
+        for arm, dot in ((reference, ones), (candidate, noise)):
+            arm.norm[name], arm.error[name], arm.dot[name] = ones, ones, dot
+    flagged = sum(_alpha(reference, candidate, [f"p{index}"]) > 0 for index in range(count))
+    assert flagged <= 10  # 3 are expected over up to ten probes; with one limit for all it would be 150 over three
+    candidate.dot["p0"] = [0.99 - 0.0001 * index for index in range(probes)]
+    assert _alpha(reference, candidate, ["p0"]) == pytest.approx(0.01, rel=0.1)
 
 
 def test_sums_are_what_they_say(truth):

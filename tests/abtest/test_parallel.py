@@ -179,6 +179,7 @@ def test_where_optimizers_are_large_arms_take_turns(unmanned, monkeypatch):
         monkeypatch.setattr(unmanned, name, task)
     unmanned.exact_through.set()
     unmanned.kicked[0] = [1.0]
+    unmanned.seeds.clear()
     BUILT["state_bytes"] = experiment_module.RESYNC_BYTES + 1
     unmanned.prepare(FIRST)
     assert unmanned.crowded and not unmanned.resync and most == [1, 1, 1, 1], "and the first arm comes later"
@@ -297,6 +298,8 @@ def test_an_arm_beside_a_reference_that_ends_is_told_so(part, failing, unmanned,
         raise ArmFailed("out of memory")
 
     monkeypatch.setattr(unmanned, failing, ends)
+    if part == "_repeat":
+        unmanned.trained.set()
     unmanned.repeat_arm = MagicMock()
     with pytest.raises(ArmFailed, match="out of memory"):
         getattr(unmanned, part)({}, *([True] if part == "_repeat" else []))
@@ -307,13 +310,16 @@ def test_an_arm_beside_a_reference_that_ends_is_told_so(part, failing, unmanned,
 
 
 def test_the_repeat_asks_for_no_gradients_while_the_oracle_has_the_memory(unmanned, monkeypatch):
-    monkeypatch.setattr(unmanned, "_free_run", lambda arm, resync: {"loss": [1.0]})
+    """Nor does it train while the reference does, for which everybody waits."""
+    trained = []
+    monkeypatch.setattr(unmanned, "_free_run", lambda arm, resync: trained.append(now.is_set()) or {"loss": [1.0]})
     monkeypatch.setattr(unmanned, "_reference_gradients", lambda state: {"asked": unmanned.exact_through.is_set()})
-    unmanned.trained.set()
+    now = unmanned.trained
     unmanned.repeat_arm = MagicMock()
-    late = threading.Timer(0.2, unmanned.exact_through.set)
-    late.start()
+    for seconds, event in ((0.1, now), (0.3, unmanned.exact_through)):
+        threading.Timer(seconds, event.set).start()
     answers = unmanned._repeat({}, timed=True)
+    assert trained == [True]
     assert list(answers) == list(unmanned.states) and all(answer["asked"] for answer in answers.values())
 
 
