@@ -10,7 +10,7 @@ import numpy as np
 
 from abtest.arm import Arm, ArmFailed
 from abtest.settings import OnProgress
-from bench.records import Perf
+from bench.records import Perf, Race, Record
 from bench.timing import ratio_interval
 
 
@@ -62,6 +62,12 @@ def time_equals(
         _perf(reference, totals, one, (1.0, 1.0, 1.0), settings, matmul_rate),
         _perf(repeat, totals, other, ratio, settings, matmul_rate),
     )
+
+
+def race(peer: Arm, other: Arm, record: Record, settings: TimingConfig) -> Race:
+    """The peer's time over that of the arm of `record`, which runs in `other`. Raises ArmFailed."""
+    _, one, _, ratio = _in_turn(peer, other, settings, lambda arm, phase, done, total: None)
+    return Race(record.arm, record.optimizations, *ratio, blocks=len(one))
 
 
 def _in_turn(

@@ -46,6 +46,15 @@ class Ledger:
         found = [record for record in self.records() if record.arm == plan.name]
         return any(plan.role != "combination" or record.optimizations == plan.optimizations for record in found)
 
+    def fastest(self) -> Record | None:
+        """The record of the fastest arm that is lossless beside the run's own stock and timed; None before the first."""
+        newest = {record.arm: record for record in self.records() if record.role in ("optimization", "combination")}
+        able = [
+            record for record in newest.values()
+            if record.verdict.level.lossless and record.perf is not None and record.recipe == self.recipe
+        ]  # fmt: skip
+        return max(able, key=lambda record: record.perf.ratio, default=None)
+
     def passed(self) -> dict[str, float]:
         """Optimizations that are lossless beside the run's own stock and timed, in the registry's order: stock's time over
         theirs."""

@@ -14,13 +14,14 @@ from abtest.mps import behind_others
 from abtest.progress import GateProgress
 from abtest.verdict import Level, Verdict
 from bench.ceilings import Ceilings
-from bench.clock import time_arms, time_equals
+from bench.clock import race, time_arms, time_equals
 from bench.command import Command
+from bench.ledger import Ledger
 from bench.micro import run_micro
 from bench.own_stock import changed, note
 from bench.peers import facts as facts_of_peer
 from bench.plan import ArmPlan, arm_units
-from bench.records import Record, append, may_hold_time
+from bench.records import Perf, Race, Record, append, may_hold_time
 from kernels import registry
 from kernels.contract import Exactness
 from loop.errors import UserError
@@ -37,6 +38,7 @@ class Bench:
         self.command, self.progress, self.experiment, self.facts = command, progress, experiment, facts
         self.ceilings, self.matmul_rate = ceilings, ceilings.matmul_flops_per_s
         self.path = command.reports / "data" / facts["environment"]["device_slug"] / "records.jsonl"
+        self.ledger = Ledger(self.path, facts["run_id"], facts["recipe"])
         self.config = gate_config(command, command.gate)
         self.own_experiment = own_experiment  # for an arm with a stock of its own
         self.head_start: dict[str, float] = {}  # seconds that an arm was at work beside others
@@ -66,6 +68,8 @@ class Bench:
         )  # fmt: skip
         append(self.path, record)
         speed = f", {perf.ratio:.2f}x [{perf.ratio_low:.2f}, {perf.ratio_high:.2f}]" if perf else ""
+        if record.race is not None:
+            speed += f", {record.race.arm} is {record.race.ratio:.2f}x as fast"
         self.progress.say(f"{plan.name}: {verdict.level.value}{speed}: {verdict.reason}")
 
     def reference(self, first: ArmPlan | None = None) -> None:
@@ -178,7 +182,7 @@ class Bench:
             peer = facts_of_peer(dict(plan.versions), evidence.build["peer"], evidence.work["kernels"])
         self.keep(
             plan, candidate.verdict, evidence.losses if evidence else (), perf, untimed,
-            paths=evidence.build["paths"] if evidence else None, peer=peer,
+            paths=evidence.build["paths"] if evidence else None, peer=peer, race=self._race(plan, candidate.arm, perf),
             micro=self._micro(plan) if candidate.verdict.level.lossless else None,
             **({"beside": beside, "notes": (note(plan.config, self.config, own),)} if beside is not None else {}),
         )  # fmt: skip
@@ -192,19 +196,35 @@ class Bench:
             self.progress.say(error.output)
             return None, f"timing broke off: {error}"
 
+    def _race(self, plan: ArmPlan, arm: Arm, perf: Perf | None) -> Race | None:
+        """A timed peer in turn with the fastest arm that passed in the run so far, which is built once more for that: kept
+        from its own turn on, it would hold the memory in which the arms between are gated."""
+        best = self.ledger.fastest() if plan.role == "peer" and perf is not None else None
+        if best is None:
+            return None
+        again = ArmSpec(f"{best.arm} once more", self.config, best.optimizations)
+        try:
+            with Arm(again, self.experiment.folder, behind_others(self.experiment.environment)) as other:
+                other.build()
+                return race(arm, other, best, self.command.timing)
+        except ArmFailed as error:
+            self.progress.say(f"{plan.name} beside {best.arm}: {error}")
+            return None
+
     def _peer_without_gate(self, plan: ArmPlan, verdict: Verdict) -> None:
         """A peer whose process did not get through the gate may train all the same: it is timed in a second process, and
         the record keeps what ended the first."""
         experiment = self.experiment
-        perf, untimed, took = None, None, {}
+        perf, untimed, took, beside = None, None, {}, None
         try:
             with Arm(self._spec(plan), experiment.folder, behind_others(experiment.environment)) as arm:
                 took = arm.build().get("peer", {})
                 perf, untimed = self._time(arm, None)
+                beside = self._race(plan, arm, perf)
         except ArmFailed as error:
             self.progress.say(error.output)
             untimed = f"its second process failed, too: {error}"
-        self.keep(plan, verdict, (), perf, untimed, peer=facts_of_peer(dict(plan.versions), took, {}))
+        self.keep(plan, verdict, (), perf, untimed, peer=facts_of_peer(dict(plan.versions), took, {}), race=beside)
 
     def _micro(self, plan: ArmPlan) -> dict[str, Any] | None:
         """The microbenchmark of an optimization that has an op, timed only if the op passes its own check."""

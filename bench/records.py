@@ -51,11 +51,26 @@ class Perf:
 
 
 @dataclass(frozen=True)
+class Race:
+    """A peer timed in turn with the arm that was the fastest of those that had passed in its run; optimizations: that one's.
+    ratio: the peer's time over that arm's (above 1: the peer is slower), the median of the paired blocks, and its 95 %
+    interval."""
+
+    arm: str
+    optimizations: tuple[str, ...]
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Record:
     """One arm of one run of `python -m bench.run`.
 
     optimizations: the names switched on. losses: per-step loss, fp32, of this arm; reference_losses: of the reference.
-    untimed: why there is no `perf` although the gate passed (Triton's interpreter is not timed, say).
+    untimed: why there is no `perf` although the gate passed (Triton's interpreter is not timed, say). race: of a timed peer,
+    beside what had passed by then; ratios to stock drift apart, since a busy host slows what it launches by itself most.
     environment: device, device_slug, driver, clocks, versions, git_sha, git_dirty, paths (which implementation ran); of a
     peer also peer: the versions of its packages, the path that it took, and the device kernels that ran.
     recipe: the run's configuration. data: documents, packs, skipped examples by reason, supervised fraction.
@@ -78,6 +93,7 @@ class Record:
     reference_losses: tuple[float, ...] = ()
     noise_sigma: tuple[float, ...] = ()  # per step: standard deviation of the loss over perturbed references
     perf: Perf | None = None
+    race: Race | None = None
     untimed: str | None = None
     micro: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
@@ -88,6 +104,8 @@ class Record:
             raise ValueError(f"arm {self.arm!r} is {self.verdict.level.value}: what did not pass its gate holds no time")
         if self.perf is not None and self.untimed is not None:
             raise ValueError(f"arm {self.arm!r} has both a time and a reason for having none")
+        if self.race is not None and (self.role != "peer" or self.perf is None):
+            raise ValueError(f"arm {self.arm!r} holds a race, which only a timed peer can have run")
         if self.verdict.level.lossless and any(not check.passed for check in self.verdict.checks):
             raise ValueError(f"arm {self.arm!r} is {self.verdict.level.value} with a check that did not pass")
         if self.schema != SCHEMA:
@@ -126,12 +144,13 @@ def from_json(line: str) -> Record:
     if fields["role"] not in get_args(Role):
         raise ValueError(f"role is {fields['role']!r}, not one of {', '.join(get_args(Role))}")
     verdict = jsonl.verdict(fields.pop("verdict"))
-    perf = fields.pop("perf", None)
+    perf, race = fields.pop("perf", None), fields.pop("race", None)
     for name in ("losses", "reference_losses", "noise_sigma"):
         fields[name] = tuple(float(value) for value in fields.get(name, ()))
     return Record(
         verdict=verdict,
         perf=None if perf is None else _perf(expect(perf, dict, "perf")),
+        race=None if race is None else _race(expect(race, dict, "race")),
         optimizations=strings(fields.pop("optimizations"), "optimizations"),
         notes=strings(fields.pop("notes", []), "notes"),
         **fields,
@@ -144,6 +163,14 @@ def _perf(fields: dict[str, Any]) -> Perf:
         if item.default is dataclasses.MISSING and getattr(perf, item.name) is None:
             raise ValueError(f"{item.name} of perf is null, not a number")
     return perf
+
+
+def _race(fields: dict[str, Any]) -> Race:
+    arm, switched = expect(fields.pop("arm"), str, "arm of race"), strings(fields.pop("optimizations"), "those of race")
+    race = Race(arm, switched, **numbers(fields, tuple(fields)))
+    if None in dataclasses.astuple(race):
+        raise ValueError("race holds null where a number belongs")
+    return race
 
 
 def append(path: Path, record: Record) -> None:

@@ -17,9 +17,10 @@ class Turns:
 
     arms: in order. width: how many may be gated side by side, those that `beside(plan)` says yes to; the first batch, which
     the reference is at work beside, is of one.
-    combine: at last, when the run has a record of each of `arms`, also all that passed in it together, whoever measured
-    them. Of commands with the same arms that run at the same time it is thus the last to finish that measures the
-    combination; commands with different arms would each measure one, of what had passed by then.
+    combine: when the run has a record of each of `arms`, also all that passed in it together, whoever measured them. Of
+    commands with the same arms that run at the same time it is thus the last to finish that measures the combination;
+    commands with different arms would each measure one, of what had passed by then. Peers come last: each is timed in turn
+    with the fastest that passed.
     skip(plan) is called for an arm of `arms` that will not be measured here after all.
     """
 
@@ -27,7 +28,8 @@ class Turns:
         self, arms: Sequence[ArmPlan], config: Config, combine: bool, ledger: Ledger, claims: Claims, budget: Budget,
         skip: Callable[[ArmPlan], None], beside: Callable[[ArmPlan], bool], width: int = 1,
     ) -> None:  # fmt: skip
-        self.arms, self.config, self.combine, self.skip = arms, config, combine, skip
+        self.arms, self.peers = ([plan for plan in arms if (plan.role == "peer") is peer] for peer in (False, True))
+        self.config, self.combine, self.skip = config, combine, skip
         self.beside, self.width = beside, width
         self.ledger, self.claims, self.budget = ledger, claims, budget
 
@@ -48,6 +50,9 @@ class Turns:
             together = self._together()
             if together is not None and self._take(together):
                 yield from self._hand_out([together])
+        for plan in self.peers:
+            if self._take(plan):
+                yield from self._hand_out([plan])
 
     def _take(self, plan: ArmPlan) -> bool:
         """Whether the arm is this command's from now on."""
@@ -76,4 +81,4 @@ class Turns:
         if self.combine:
             together = None if left else self._together()
             left += ["combination"] if left or (together is not None and not self.ledger.has(together)) else []
-        return left
+        return left + [plan.name for plan in self.peers if not self.ledger.has(plan)]

@@ -76,7 +76,7 @@ class PeerWorker(worker.Worker):
 
     def __init__(self, answers: TextIO, peer: Peer) -> None:
         super().__init__(answers)
-        self.peer = peer
+        self.peer, self.as_used = peer, False
 
     def build(self, config: dict, optimizations: list[str], planted: str | None = None, exact: bool = False) -> dict:
         """The peer's run, and its first step, without which it can't be said to run. "refused" holds a reason where the peer
@@ -177,8 +177,10 @@ class PeerWorker(worker.Worker):
 
     def prepare_timing(self, micro_batches: int, warmup: int) -> dict:
         """From here on gradients are the peer's own, in its own dtype, as its user has them."""
-        self.run.optimizer.release()
-        self.ready.before_timing()
+        if not self.as_used:
+            self.run.optimizer.release()
+            self.ready.before_timing()
+            self.as_used = True
         with within(LIMIT_S, f"warming up {self.peer.name}"):
             return super().prepare_timing(micro_batches, warmup)
 

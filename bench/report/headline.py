@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.records import Record
+from bench.records import Race, Record
 from bench.report.devices import Device, Setting
 from bench.report.settings import Trained
 from bench.report.shipping import Shipping
@@ -26,11 +26,11 @@ HEADER = (
     "of the matrix floor", "gate",
 )  # fmt: skip
 LEGEND = (
-    "What ships beside the fastest of its peers, in real tokens a second. Each of the two was timed in turn with "
-    "stock of the same run; the ratio is that of their ratios to stock, its interval as wide as both of theirs "
-    "together. Where it disagrees with the tokens a second, the machine drifted in between, and the ratio counts. How "
-    "far apart equal arms come out is on the device's own page. Of the matrix floor: the least time of a micro-step's "
-    "matrix products at the measured rate, over the micro-step of what ships."
+    "What ships beside the fastest of its peers, in real tokens a second. Where the two were timed in turn, that is the "
+    "ratio. Else each was timed in turn with stock: what comes of their ratios to stock and what comes of their tokens a "
+    "second then differ by how the machine drifted in between, and the smaller of the two counts. How far apart equal "
+    "arms come out is on the device's own page. Of the matrix floor: the least time of a micro-step's matrix products at "
+    "the measured rate, over the micro-step of what ships."
 )
 
 
@@ -46,22 +46,38 @@ class Pair:
     peer: Record
 
     @property
+    def race(self) -> Race | None:
+        """The peer beside what ships, timed in turn."""
+        race, same = self.peer.race, self.peer.run_id == self.shipped.run_id
+        if race is None or not same or (race.arm, race.optimizations) != (self.shipped.arm, self.shipped.optimizations):
+            return None
+        numbers = (race.ratio, race.ratio_low, race.ratio_high)
+        return race if all(math.isfinite(number) and number > 0 for number in numbers) else None
+
+    @property
     def ratio(self) -> float:
-        """The speed of what ships over the peer's: the ratio of their ratios to stock. Each was timed in turn with stock, so
-        that drift between the two leaves it alone."""
-        return self.shipped.perf.ratio / self.peer.perf.ratio
+        """The speed of what ships over the peer's. Without a race that of their ratios to stock or of their tokens a second,
+        whichever is smaller: a busy host slows stock most, which launches most, so neither is free of it."""
+        if self.race is not None:
+            return self.race.ratio
+        one, other = self.shipped.perf, self.peer.perf
+        return min(one.ratio / other.ratio, one.real_tokens_per_s / other.real_tokens_per_s)
 
     @property
     def ratio_low(self) -> float:
-        """The low end over the high one. The two errors are of one machine and need not be independent, so half-widths of
-        logarithms are added, not taken in quadrature: a difference spreads by no more than the sum of the two spreads,
-        whatever their correlation."""
-        return self.shipped.perf.ratio_low / self.peer.perf.ratio_high
+        """Without a race the low end over the high one. The two errors are of one machine and need not be independent, so
+        half-widths of logarithms are added, not taken in quadrature: a difference spreads by no more than the sum of the two
+        spreads, whatever their correlation."""
+        if self.race is not None:
+            return self.race.ratio_low
+        return min(self.ratio, self.shipped.perf.ratio_low / self.peer.perf.ratio_high)
 
     @property
     def ratio_high(self) -> float:
         """The high end over the low one, as `ratio_low` is the other way round."""
-        return self.shipped.perf.ratio_high / self.peer.perf.ratio_low
+        if self.race is not None:
+            return self.race.ratio_high
+        return max(self.ratio, self.shipped.perf.ratio_high / self.peer.perf.ratio_low)
 
     @property
     def supervised_fraction(self) -> float | None:
@@ -90,14 +106,15 @@ class Pair:
 
 def pairs(devices: Iterable[tuple[Device, Sequence[Shipping]]]) -> list[Pair]:
     """A pair for each setting whose newest run has both something that ships and a timed peer, whatever that one's verdict;
-    in the reports' order. Of peers the one that is fastest beside stock counts: tokens a second of two moments may drift."""
+    in the reports' order. Of peers the one counts that comes nearest to what ships."""
     found = []
     for device, decisions in devices:
         for setting, decision in zip(device.settings, decisions, strict=True):
-            peer = max(_peers(setting), key=lambda record: record.perf.ratio, default=None)
-            if decision.basis is not None and sound(decision.basis.perf) and peer is not None:
-                page = "/".join(part for part in (device.slug, device.path(setting), "README.md") if part)
-                found.append(Pair(device.name, page, setting.trained, decision.basis, peer))
+            if decision.basis is None or not sound(decision.basis.perf):
+                continue
+            page = "/".join(part for part in (device.slug, device.path(setting), "README.md") if part)
+            own = [Pair(device.name, page, setting.trained, decision.basis, peer) for peer in _peers(setting)]
+            found += sorted(own, key=lambda pair: pair.ratio)[:1]
     return found
 
 

@@ -114,6 +114,13 @@ def passed(check: Check) -> str:
     return "pass" if check.passed else "**FAIL**"
 
 
+def _raced(record: Record) -> list[tuple[str, str]]:
+    if record.race is None:
+        return []
+    words = f"it takes {ratio(record.race)} as long, {record.race.blocks} blocks in turn"
+    return [(f"beside {code(record.race.arm)}", words)]
+
+
 def speed(record: Record, stock: Record | None = None) -> str:
     perf = record.perf
     if perf is None:
@@ -122,6 +129,7 @@ def speed(record: Record, stock: Record | None = None) -> str:
     compared = "it is the reference" if record.role == "reference" else ratio(perf)
     rows = [
         ("speed ratio to the reference, 95 % interval", f"{compared}, {perf.blocks} blocks"),
+        *_raced(record),
         ("real tokens/s", f"**{per_second(perf.real_tokens_per_s)}**"),
         ("positions/s", per_second(perf.positions_per_s)),
         ("supervised tokens/s", per_second(perf.supervised_tokens_per_s)),

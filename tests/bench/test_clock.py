@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from abtest.arm import ArmFailed
-from bench.clock import TimingConfig, time_arms, time_equals, time_round_robin
+from bench.clock import TimingConfig, race, time_arms, time_equals, time_round_robin
+from bench.records import Race
 
 
 class TimedArm:
@@ -74,6 +75,13 @@ def test_equal_arms_share_their_blocks():
         TimedArm("stock", noisy(2.0)), TimedArm("again", noisy(1.0)), TimingConfig(4, 1, 1, 9), 1e3, silent
     )
     assert first.blocks == again.blocks == 9 and first.ratio == first.ratio_low == first.ratio_high == 1
+
+
+def test_a_race_is_the_peer_s_time_over_the_other_s():
+    log: list[str] = []
+    best = SimpleNamespace(arm="combination", optimizations=("a", "b"))
+    found = race(TimedArm("peer", [3.0], log), TimedArm("again", [2.0], log), best, TimingConfig(4, 2, 1, 40))
+    assert found == Race("combination", ("a", "b"), 1.5, 1.5, 1.5, 4) and log == ["peer", "again", "again", "peer"] * 2
 
 
 def test_an_arm_that_ends_is_said_so():

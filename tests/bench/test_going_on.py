@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -301,6 +302,23 @@ def test_the_combination_is_of_what_passed_in_the_whole_run(world):
     combined = world.records("r")[-1]
     assert combined.role == "combination" and sorted(combined.optimizations) == sorted(TIMED)
     assert world("--run", "r", "--arms", *TIMED) == []
+
+
+def test_peers_come_behind_the_combination(world, monkeypatch):
+    """Each is timed in turn with the fastest that passed, and that should be what ships."""
+    evidence = dataclasses.replace(EVIDENCE, build=EVIDENCE.build | {"peer": {}}, work={"kernels": {}})
+
+    def gate_arm(self, spec, claim) -> Candidate:
+        world.gated.append(spec.name)
+        return Candidate(MagicMock(), PASSED, evidence)
+
+    monkeypatch.setattr(Stage, "gate_arm", gate_arm)
+    monkeypatch.setattr(Stage, "environment", {}, raising=False)
+    monkeypatch.setattr(Stage, "folder", world.reports, raising=False)
+    monkeypatch.setattr(measure, "Arm", MagicMock())
+    monkeypatch.setattr(measure, "race", lambda peer, other, best, timing: records.Race(best.arm, (), 2, 1, 3, 4))
+    assert world("--run", "r", "--arms", "transformers_peft", *TIMED[1:]) == [*TIMED[1:], "combination", "transformers_peft"]
+    assert world.records("r")[-1].race == records.Race("supervised_logits", (), 2, 1, 3, 4)  # of equally fast ones the first
 
 
 @pytest.mark.parametrize(("faster", "slower"), [("static_lora", "lora_matmul"), ("lora_matmul", "static_lora")])

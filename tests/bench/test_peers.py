@@ -202,6 +202,65 @@ def test_a_peer_that_leaks_is_timed_all_the_same(bench):
     assert peer["took"] == BUILT["peer"] and list(peer["kernels"]) == ["chunk_fwd", "gemm"] and "torch" in peer["versions"]
 
 
+class Again:
+    """The process in which what passed is built once more."""
+
+    def __init__(self, spec, folder, environment) -> None:
+        assert (spec.name, spec.optimizations) == ("combination once more", ("packed_attention", "static_lora"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def build(self) -> dict:
+        return BUILT
+
+
+def raced(best) -> records.Race:
+    return records.Race(best.arm, best.optimizations, 2, 1, 3, 4)
+
+
+def passed(bench: measure.Bench, arm: str, ratio: float, **changes) -> None:
+    values = {"role": "combination", "optimizations": ("packed_attention", "static_lora")} | changes
+    level = values.pop("level", Level.ROUNDING)
+    perf = dataclasses.replace(PERF, ratio=ratio) if level.lossless else None
+    record = records.Record(
+        arm=arm, verdict=Verdict(level, "so it is"), summary="", exactness="rounding", why_exact="",
+        finished_at="2026-01-01", perf=perf, **(bench.facts | values),
+    )  # fmt: skip
+    records.append(bench.path, record)
+
+
+def test_a_peer_is_timed_in_turn_with_the_fastest_that_passed(bench, monkeypatch):
+    passed(bench, "slower", 1.5, role="optimization", optimizations=("slower",))
+    passed(bench, "combination", 3.0)
+    passed(bench, "of another run", 9.0, run_id="other")
+    passed(bench, "beside its own stock", 9.0, recipe={"data": {"rows": "padded"}})
+    passed(bench, "wrong", 9.0, level=Level.FAILED)
+    monkeypatch.setattr(measure, "Arm", Again)
+    monkeypatch.setattr(measure, "race", lambda peer, other, best, timing: raced(best))
+    bench.arm(plan())
+    *_, found = records.read(bench.path)
+    assert found.race == records.Race("combination", ("packed_attention", "static_lora"), 2, 1, 3, 4)
+
+
+def test_where_nothing_passed_or_it_cannot_be_built_again_there_is_no_race(bench, monkeypatch):
+    def fails(self) -> dict:
+        raise ArmFailed("out of memory")
+
+    monkeypatch.setattr(measure, "Arm", None)
+    passed(bench, "wrong", 9.0, level=Level.FAILED)
+    bench.arm(plan())
+    monkeypatch.setattr(measure, "Arm", Again)
+    monkeypatch.setattr(Again, "build", fails)
+    passed(bench, "combination", 3.0)
+    bench.arm(plan("transformers_peft"))
+    _, first, _, second = records.read(bench.path)
+    assert first.race is second.race is None and first.perf == second.perf == PERF
+
+
 def test_an_optimization_that_fails_is_not_timed_and_says_nothing_of_peers(bench):
     (own,) = plan_arms(["static_lora"], CONFIG, CPU)
     bench.arm(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -100,6 +101,34 @@ def test_the_fastest_peer_counts_whatever_its_verdict():
     assert "| `leaks` (FAILED) |" in table
     assert "- `leaks` on Example GPU X1, qwen3.5-2b is not lossless. FAILED: largest loss difference 2.1 sigma" in table
     assert "not lossless" not in headline.markdown(found(stock(), shipped(), peer()))
+
+
+RACE = records.Race("search", ("silu_mul", "static_lora"), 1.9, 1.8, 2.0, 20)
+
+
+def test_a_race_is_the_ratio_where_it_was_with_what_ships():
+    """A host that is busy for a while slows stock most, and with it the ratios of one of the two."""
+    raced = peer(race=RACE)
+    assert shipped().optimizations == RACE.optimizations
+    (pair,) = found(stock(), shipped(), raced)
+    assert (pair.ratio, pair.ratio_low, pair.ratio_high) == (1.9, 1.8, 2.0)
+    others = (
+        dataclasses.replace(RACE, arm="combination"), dataclasses.replace(RACE, optimizations=("rms_norm",)),
+        dataclasses.replace(RACE, ratio_high=math.inf),
+    )  # fmt: skip
+    for other in others:
+        (pair,) = found(stock(), shipped(), peer(race=other))
+        assert pair.ratio == pytest.approx(1.6)
+    (pair,) = found(stock(), shipped(), raced, peer("nearer", race=dataclasses.replace(RACE, ratio=1.2, ratio_low=1.1)))
+    assert pair.peer.arm == "nearer"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ratio", "low", "high"), [(10_000.0, 1.6, 3.8 / 2.6, 4.2 / 2.4), (14_000.0, 20 / 14, 20 / 14, 1.75)]
+)
+def test_without_a_race_the_smaller_of_two_reckonings_counts(tokens, ratio, low, high):
+    (pair,) = found(stock(), shipped(), peer(tokens=tokens))
+    assert (pair.ratio, pair.ratio_low, pair.ratio_high) == (pytest.approx(ratio), pytest.approx(low), pytest.approx(high))
 
 
 OTHER_STOCK = RECIPE | {"data": {"pack_length": 5376, "rows": "padded"}}

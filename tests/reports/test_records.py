@@ -50,6 +50,26 @@ def test_a_time_and_a_reason_for_none_exclude_each_other():
         synthetic.record(perf=synthetic.perf(), untimed="not today")
 
 
+RACE = records.Race("combination", ("silu_mul", "static_lora"), 1.9, 1.8, 2.0, 20)
+
+
+def test_only_a_timed_peer_ran_a_race(tmp_path):
+    record = synthetic.record("unsloth", role="peer", perf=synthetic.perf(), race=RACE)
+    records.append(tmp_path / "run.jsonl", record)
+    assert records.read(tmp_path / "run.jsonl") == [record]
+    for changes in ({"role": "optimization", "perf": synthetic.perf()}, {"role": "peer"}):
+        with pytest.raises(ValueError, match="which only a timed peer can have run"):
+            synthetic.record("unsloth", race=RACE, **changes)
+
+
+@pytest.mark.parametrize("change", [{"arm": None}, {"optimizations": "a"}, {"ratio": None}, {"ratio": "fast"}, {"more": 1}])
+def test_half_a_race_is_none(change):
+    fields = json.loads(records.to_json(synthetic.record("unsloth", role="peer", perf=synthetic.perf(), race=RACE)))
+    fields["race"] |= change
+    with pytest.raises((ValueError, TypeError)):
+        records.from_json(json.dumps(fields))
+
+
 def test_every_kind_of_record_survives_the_file(tmp_path):
     path = tmp_path / "folder" / "run.jsonl"
     written = synthetic.full_run()
