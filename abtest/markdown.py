@@ -135,7 +135,8 @@ def _fact_rows(mapping: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def trained(recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    """What was trained, in one line: model, method, dtype, pack length, steps. Keys that a recipe lacks are left out."""
+    """What was trained, in one line: model, method, dtype, pack length, targets, steps. Keys that a recipe lacks are left
+    out, and usual targets."""
     lora, data, gate = (_part(recipe, name) for name in ("lora", "data", "gate"))
     method, steps = recipe.get("method"), gate.get("steps", recipe.get("steps"))  # a gate runs its own number of steps
     parts = [
@@ -143,6 +144,7 @@ def trained(recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         {"lora": f"LoRA r={lora.get('rank', '?')}", "full": "full fine-tuning"}.get(method, method),
         dtype(recipe, environment),
         f"pack length {data['pack_length']}" if "pack_length" in data else None,
+        "every token supervised" if data.get("supervise") == "all" else None,
         f"{steps} steps" if steps is not None else None,
     ]
     return prose(" · ".join(str(part) for part in parts if part is not None))

@@ -13,6 +13,7 @@ from loop.errors import UserError
 
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
 SCHEMA = 2
+ASSISTANT = "assistant"  # `data.supervise` where a setting does not name it
 AGAIN = "`python -m bench.report` renders it again"
 
 
@@ -26,12 +27,14 @@ class Shipping:
 
 @dataclass(frozen=True)
 class Setting:
-    """One `[[setting]]`: what was trained, and what passed there and paid. pack_length in tokens, None if unknown."""
+    """One `[[setting]]`: what was trained, and what passed there and paid. pack_length in tokens, None if unknown.
+    supervise: as in the recipe's data."""
 
     model: str
     method: str
     dtype: str
     pack_length: int | None
+    supervise: str
     enable: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -44,7 +47,8 @@ def read_shipping(config: Config, device_slug: str, dtype: str, reports: Path = 
 
     A setting is the one at hand if model, method and `dtype`, what "auto" came to, are the same to the letter: a folder may
     hold the very architecture of a named shape, but nothing here says so. Of several pack lengths the nearest counts, of two
-    equally near the shorter. Raises UserError for a damaged file and for one of another schema.
+    equally near the shorter; of two that differ in what is supervised, the one that does as `config`. Raises UserError for a
+    damaged file and for one of another schema.
     """
     path = reports / device_slug / "shipping.toml"
     where = f"{path.parent.name}/{path.name}"
@@ -56,7 +60,7 @@ def read_shipping(config: Config, device_slug: str, dtype: str, reports: Path = 
     if not fitting:
         return Shipping((), f"nothing: {where} was measured for {_instead(settings, wanted)}")
     length = config.data.pack_length
-    chosen = min(fitting, key=lambda setting: _distance(setting.pack_length, length))
+    chosen = min(fitting, key=lambda s: (_distance(s.pack_length, length), s.supervise != config.data.supervise))
     at = "" if chosen.pack_length in (None, length) else f" at pack length {chosen.pack_length}"
     names = f"{', '.join(chosen.enable)}:" if chosen.enable else "nothing: no optimization"
     return Shipping(chosen.enable, f"{names} passed the gate and paid on {device_slug}{at} ({where})")
@@ -96,9 +100,11 @@ def _setting(table: dict[str, Any], where: str) -> Setting:
     for key in ("model", "method", "dtype"):
         if not isinstance(table.get(key), str):
             raise UserError(f"{where}: {key} must be a text; {AGAIN}")
-    length, names = table.get("pack_length"), table.get("enable")
+    length, names, supervise = table.get("pack_length"), table.get("enable"), table.get("supervise", ASSISTANT)
     if length is not None and type(length) is not int:
         raise UserError(f"{where}: pack_length must be a whole number; {AGAIN}")
+    if not isinstance(supervise, str):
+        raise UserError(f"{where}: supervise must be a text; {AGAIN}")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: enable must be a list of names; {AGAIN}")
-    return Setting(table["model"], table["method"], table["dtype"], length, tuple(names))
+    return Setting(table["model"], table["method"], table["dtype"], length, supervise, tuple(names))

@@ -99,6 +99,7 @@ def train_command(setting: Setting) -> str:
     words += ["--dtype", trained.dtype] if trained.dtype not in ("", usual) else []
     length = trained.pack_length
     words += ["--data.pack-length", str(length)] if length not in (None, DataConfig().pack_length) else []
+    words += ["--data.supervise", trained.supervise] if trained.supervise != DataConfig().supervise else []
     return shlex.join(["python", "-m", "loop.train", *words, "--data", "my.jsonl"])
 
 

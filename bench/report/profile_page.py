@@ -14,7 +14,7 @@ from bench.profile.memory import COUNTED, WORDS
 from bench.profile.records import FOLDER, ProfileRecord, busy_share, load
 from bench.report.flame import LEGEND, flame
 from bench.report.profile_plots import Bar, stacked
-from bench.report.settings import Trained, folder_names
+from bench.report.settings import Trained, folder_names, trained_by
 from bench.report.text import MARK, NOTHING, code, names, number, page_name, percent, prose, table
 
 PAGE = Path(FOLDER) / "README.md"
@@ -95,19 +95,11 @@ def by_setting(records: Iterable[ProfileRecord]) -> dict[Trained, list[Profiled]
     smaller sets."""
     found: dict[Trained, dict[tuple[str, ...], ProfileRecord]] = {}
     for record in sorted(records, key=lambda record: record.finished):
-        found.setdefault(_trained(record), {})[tuple(sorted(record.result["enabled"]))] = record
+        found.setdefault(trained_by(record.result["recipe"], record.result["recipe"].get("dtype")), {})[
+            tuple(sorted(record.result["enabled"]))
+        ] = record
     ordered = sorted(found.items(), key=lambda item: item[0].order)
     return {trained: _named([own[key] for key in sorted(own, key=lambda key: (len(key), key))]) for trained, own in ordered}
-
-
-def _trained(record: ProfileRecord) -> Trained:
-    recipe = record.result["recipe"]
-    data = recipe.get("data")
-    length = data.get("pack_length") if isinstance(data, dict) else None
-    return Trained(
-        str(recipe.get("model") or ""), str(recipe.get("method") or ""), length if type(length) is int else None,
-        str(recipe.get("dtype") or ""),
-    )  # fmt: skip
 
 
 def _named(records: Sequence[ProfileRecord]) -> list[Profiled]:

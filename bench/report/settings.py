@@ -4,40 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.records import Record
 from bench.report import text
 from loop.shapes import is_tiny
+from loop.shipping import ASSISTANT
 
 BASELINES = ("reference", "repeat")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What stock trained. "" or None where the record does not say."""
+    """What stock trained. "" or None where the record does not say; one that says nothing of `supervise` had no choice yet,
+    and supervised what the assistant wrote."""
 
     model: str
     method: str
     pack_length: int | None  # tokens
     dtype: str
+    supervise: str = ASSISTANT
 
     @property
     def order(self) -> tuple:
-        """Real shapes before tiny ones, LoRA before full fine-tuning, long packs before short ones."""
-        return is_tiny(self.model), self.model, self.method != "lora", self.method, -(self.pack_length or 0), self.dtype
+        """Real shapes before tiny ones, LoRA before full fine-tuning, long packs before short ones, usual targets first."""
+        return (
+            is_tiny(self.model), self.model, self.method != "lora", self.method, -(self.pack_length or 0), self.dtype,
+            self.supervise != ASSISTANT, self.supervise,
+        )  # fmt: skip
 
 
 def trained(record: Record) -> Trained:
     """What the recipe of `record` says; dtype is the one that ran."""
-    data = record.recipe.get("data")
-    length = data.get("pack_length") if isinstance(data, dict) else None
+    return trained_by(record.recipe, text.dtype(record))
+
+
+def trained_by(recipe: Mapping[str, Any], dtype: object) -> Trained:
+    """What a recipe says."""
+    data = recipe.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    length = data.get("pack_length")
     return Trained(
-        model=str(record.recipe.get("model") or ""),
-        method=str(record.recipe.get("method") or ""),
+        model=str(recipe.get("model") or ""),
+        method=str(recipe.get("method") or ""),
         pack_length=length if type(length) is int else None,
-        dtype=text.dtype(record) or "",
+        dtype=str(dtype or ""),
+        supervise=str(data.get("supervise") or ASSISTANT),
     )
 
 
@@ -57,8 +71,8 @@ def reference_of(record: Record, run: Sequence[Record]) -> Record | None:
 
 
 def folder_names(settings: Sequence[Trained]) -> list[str]:
-    """A folder name for each: model, method, pack length and dtype in lower-case letters, digits, dots and dashes. Of a path
-    or hub id only the last part shows; models that then look alike get a hash of the whole."""
+    """A folder name for each: model, method, pack length, dtype and unusual targets in lower-case letters, digits, dots and
+    dashes. Of a path or hub id only the last part shows; models that then look alike get a hash of the whole."""
     plain = [_slug(one) for one in settings]
     return [
         f"{name}-{hashlib.sha256(repr(one).encode('utf-8', 'replace')).hexdigest()[:8]}" if plain.count(name) > 1 else name
@@ -68,6 +82,7 @@ def folder_names(settings: Sequence[Trained]) -> list[str]:
 
 def _slug(one: Trained) -> str:
     last = next((part for part in reversed(re.split(r"[/\\]", one.model)) if part.strip(".")), "")
-    parts = (last[:60] or "unnamed", one.method, one.pack_length, one.dtype)
+    targets = "" if one.supervise == ASSISTANT else f"supervise-{one.supervise}"
+    parts = (last[:60] or "unnamed", one.method, one.pack_length, one.dtype, targets)
     words = [re.sub(r"[^a-z0-9.]+", "-", str(part).lower()).strip("-.") for part in parts if part not in ("", None)]
     return "-".join(word for word in words if word) or "unnamed"

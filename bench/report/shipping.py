@@ -8,6 +8,7 @@ The file is TOML. Top-level keys:
     [[setting]]  one table for each thing that was trained on the device:
         model, method, dtype   as in the recipe ("" where the record does not say)
         pack_length            tokens of a pack (left out where the record does not say)
+        supervise              as `data.supervise`; left out where it is the default, the assistant's tokens
         run_id                 the run whose records decided
         enable                 the optimizations to switch on, all of them together; may be empty
         [setting.not_enabled]  every other optimization of that run = why not, in words
@@ -29,6 +30,7 @@ from bench.records import Record
 from bench.report import text
 from bench.report.devices import Device, newest_by_arm
 from bench.report.settings import BASELINES, Trained, beside, reference_of
+from loop.shipping import ASSISTANT
 
 SCHEMA = 2
 SEARCH = "search"  # the arm that a search which came to its end has answered with
@@ -173,10 +175,11 @@ def to_toml(device: Device, decisions: Iterable[Shipping]) -> str:
 
 def _setting(trained: Trained, run_id: str, shipping: Shipping) -> list[str]:
     length = [] if trained.pack_length is None else [f"pack_length = {trained.pack_length}"]
+    targets = {} if trained.supervise == ASSISTANT else {"supervise": trained.supervise}
     return [
         "[[setting]]",
         *_pairs({"model": trained.model, "method": trained.method}), *length,
-        *_pairs({"dtype": trained.dtype, "run_id": run_id}),
+        *_pairs({"dtype": trained.dtype} | targets | {"run_id": run_id}),
         f"enable = [{', '.join(quoted(name) for name in shipping.enable)}]",
         "",
         "[setting.not_enabled]",

@@ -116,6 +116,17 @@ def test_of_several_pack_lengths_the_nearest_counts(tmp_path, length, chosen, at
     assert shipping == Shipping((chosen,), f"{chosen}: passed the gate and paid on box-1{at} ({WHERE})")
 
 
+@pytest.mark.parametrize(
+    ("length", "supervise", "chosen"),
+    [(512, "assistant", "usual"), (512, "all", "every"), (5376, "assistant", "long"), (5376, "all", "long")],
+)
+def test_of_two_that_differ_in_what_is_supervised_the_own_one_counts(tmp_path, length, supervise, chosen):
+    """A nearer pack length goes first: what passed passed for both, and the length changes more."""
+    every = setting("every").replace('run_id = "r"', 'supervise = "all"\nrun_id = "r"')
+    data = dataclasses.replace(packed(length), supervise=supervise)
+    assert read(tmp_path, every, setting("usual"), setting("long", pack_length=5376), data=data).enable == (chosen,)
+
+
 def test_a_pack_length_that_is_unknown_is_better_than_none(tmp_path):
     assert read(tmp_path, setting("a", pack_length=None)).enable == ("a",)
 

@@ -293,6 +293,25 @@ def test_folder_names_say_what_was_trained_and_not_where_it_lies():
         assert re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name)
 
 
+def test_what_is_supervised_is_part_of_a_setting(tmp_path):
+    """Another loss, other speeds: the newest of either counts, and neither stands for the other."""
+    every = synthetic.RECIPE | {"data": synthetic.RECIPE.get("data", {}) | {"supervise": "all"}}
+    later = {"recipe": every, "run_id": "every", "finished_at": "2026-05-01T00:00:00Z"}
+    slug = synthetic.ENVIRONMENT["device_slug"]
+    run = [synthetic.reference(), synthetic.record(perf=synthetic.perf(1.5))]
+    run += [synthetic.reference(**later), synthetic.record("static_lora", perf=synthetic.perf(1.2), **later)]
+    for record in run:
+        records.append(tmp_path / "data" / slug / "run.jsonl", record)
+    render(tmp_path / "data", tmp_path)
+    usual, other = sorted(path for path in (tmp_path / slug).iterdir() if path.is_dir())
+    assert other.name == f"{usual.name}-supervise-all"
+    assert "every token supervised" in (other / "README.md").read_text(encoding="utf-8").partition("\n\n")[0]
+    assert "--data.supervise all" in (other / "README.md").read_text(encoding="utf-8")
+    assert "every token supervised" not in (usual / "README.md").read_text(encoding="utf-8").partition("\n\n")[0]
+    found = tomllib.loads((tmp_path / slug / "shipping.toml").read_text(encoding="utf-8"))["setting"]
+    assert [(one.get("supervise"), one["enable"]) for one in found] == [(None, ["silu_mul"]), ("all", ["static_lora"])]
+
+
 def test_models_that_would_share_a_folder_do_not():
     names = folder_names([Trained(model, "lora", 512, "bfloat16") for model in ("a/m", "b/m", "c/other")])
     assert len(set(names)) == 3 and names[2] == "other-lora-512-bfloat16"
