@@ -268,7 +268,7 @@ def test_other_layers_keep_their_forward_and_have_the_norm_alone(model, monkeypa
     kind = type(run.model.get_decoder().layers[0])
     forward = kind.forward
     if model == "qwen3.5-tiny":  # a version of transformers whose layer does something more
-        monkeypatch.setattr(kind, "forward", lambda self, hidden, **given: 2.0 * forward(self, hidden, **given))
+        monkeypatch.setattr(kind, "forward", lambda self, hidden, **given: 1.1 * forward(self, hidden, **given))
     stock = step(run, batch)
     assert set(norms(run.model).values()) == {model == "qwen3.5-tiny"}
     apply(run)

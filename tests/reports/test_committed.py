@@ -31,7 +31,8 @@ def reports(tmp_path_factory) -> Path:
         pytest.skip("no git checkout: nothing says what was committed")
     folder = tmp_path_factory.mktemp("committed")
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        files.extractall(folder, filter="data")
+        files.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none, and asks for none
+        files.extractall(folder)
     return folder / "reports"
 
 
