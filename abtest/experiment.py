@@ -95,7 +95,8 @@ class Experiment:
         self.weights = {state: str(folder / f"state-{index}.safetensors") for index, state in enumerate(self.states)}
         self.resync: dict[str, str] = {}
         self.crowded = False  # whether every arm's optimizer is so large that only one arm may be at work
-        self.spare: Arm | None = None
+        self.spares: deque[Arm] = deque()
+        self.ahead = 1  # spare processes to keep
         self.repeat_arm: Arm | None = None
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, float] = {}  # seconds an arm took over a command, "stock: overfit" for example
@@ -114,8 +115,8 @@ class Experiment:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.spare is not None:
-            self.spare.end(0)  # it may still be importing, for nobody
+        for spare in self.spares:
+            spare.end(0)  # it may still be importing, for nobody
         own = (self.reference_arm, self.repeat_arm, self.truths.arm, *(collected.arm for collected in self.early.values()))
         left = [arm for arm in own if arm is not None]
         for arm in left:
@@ -129,14 +130,16 @@ class Experiment:
         self.repeat_arm = None
 
     def _arm(self, spec: ArmSpec) -> Arm:
-        """An arm's process, and one more for the arm after it: importing takes as long as gating a small model."""
+        """An arm's process, and spare ones for those after it: importing takes as long as gating a small model."""
         with self.starting:
             behind = behind_others(self.environment)
             if spec.exact and behind != self.environment:  # others wait for it, and the spare process stands behind
                 arm = Arm(spec, self.folder, self.environment)
             else:
-                arm = self.spare or Arm(spec, self.folder, behind)
-                self.spare = Arm(ArmSpec(f"after {spec.name}", self.config), self.folder, behind)
+                arm = self.spares.popleft() if self.spares else Arm(spec, self.folder, behind)
+                while len(self.spares) < self.ahead:
+                    name = f"after {spec.name}, {len(self.spares) + 1}"
+                    self.spares.append(Arm(ArmSpec(name, self.config), self.folder, behind))
         arm.spec, arm.seconds = spec, self.calls
         return arm
 
@@ -358,7 +361,8 @@ class Experiment:
         return Candidate(arm, verdict, evidence, compared, rows)
 
     def collect(self, specs: Sequence[ArmSpec]) -> None:
-        """The evidence of several arms, gathered side by side, for `gate_arm` to judge."""
+        """The evidence of several arms, gathered side by side, for `gate_arm` to judge. As many are expected next."""
+        self.ahead = max(self.ahead, len(specs))
         self._together(*(lambda spec=spec: self._collect_early(spec) for spec in specs))
 
     def _collect_early(self, spec: ArmSpec, traced: bool = False) -> None:

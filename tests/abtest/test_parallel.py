@@ -153,11 +153,11 @@ def test_the_others_stand_behind_the_oracle(unmanned):
     for spec in (ArmSpec("one", CONFIG), ArmSpec("oracle", CONFIG, exact=True), ArmSpec("next", CONFIG)):
         unmanned._arm(spec)
     environments = {call.args[0].name: call.args[2] for call in asked.call_args_list}
-    assert PRIORITY not in environments["oracle"] and environments["after one"] == {PIPE: "a service", PRIORITY: "1"}
+    assert PRIORITY not in environments["oracle"] and environments["after one, 1"] == {PIPE: "a service", PRIORITY: "1"}
 
 
 def test_without_the_service_the_spare_process_becomes_the_oracle(unmanned):
-    spare = unmanned.spare
+    (spare,) = unmanned.spares
     assert unmanned._arm(ArmSpec("oracle", CONFIG, exact=True)) is spare
     assert [call.args[2] for call in experiment_module.Arm.call_args_list] == [{}] * experiment_module.Arm.call_count
 

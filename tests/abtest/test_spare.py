@@ -47,15 +47,15 @@ def ended(arm: Arm) -> bool:
 
 def test_the_next_arm_takes_the_spare_under_its_own_name(experiment):
     with experiment:
-        first, spec = experiment.spare, ArmSpec("faster", CONFIG, ("faster",), "planted:first:1")
+        first, spec = experiment.spares[0], ArmSpec("faster", CONFIG, ("faster",), "planted:first:1")
         assert first is not experiment.reference_arm and not ended(first)
-        assert first.spec.name == "after stock"
+        assert first.spec.name == "after stock, 1"
         with experiment._arm(spec) as arm:
             assert arm is first and arm.spec == spec
             assert arm.build() == {"pid": first.process.pid}
-            second = experiment.spare
+            second = experiment.spares[0]
             assert second.process.pid not in (first.process.pid, experiment.reference_arm.process.pid)
-            assert not ended(second) and second.spec == ArmSpec("after faster", CONFIG)
+            assert not ended(second) and second.spec == ArmSpec("after faster, 1", CONFIG)
         assert ended(first) and not ended(second) and not ended(experiment.reference_arm)
     assert ended(second) and ended(experiment.reference_arm)
 
@@ -65,7 +65,7 @@ def test_every_process_ends_with_the_experiment_the_oracle_s_too(experiment):
         experiment.repeat_arm = experiment._arm(ArmSpec("stock again", CONFIG))
         experiment.truths.build()
         assert experiment.truths.arm.spec == ArmSpec("oracle", CONFIG, exact=True)
-        arms = [experiment.reference_arm, experiment.repeat_arm, experiment.truths.arm, experiment.spare]
+        arms = [experiment.reference_arm, experiment.repeat_arm, experiment.truths.arm, experiment.spares[0]]
         assert len({arm.process.pid for arm in arms}) == 4 and not any(ended(arm) for arm in arms)
     assert all(ended(arm) for arm in arms)
 
@@ -73,14 +73,31 @@ def test_every_process_ends_with_the_experiment_the_oracle_s_too(experiment):
 def test_the_repeat_ends_once_and_the_spare_with_the_experiment(experiment):
     with experiment:
         experiment.repeat_arm = repeat = experiment._arm(ArmSpec("stock again", CONFIG))
+        (spare,) = experiment.spares
         experiment.end_repeat()
-        assert ended(repeat) and not ended(experiment.spare)
-    assert ended(experiment.spare)
+        assert ended(repeat) and not ended(spare)
+    assert ended(spare)
+
+
+def test_where_arms_are_gated_side_by_side_each_finds_a_spare(experiment, monkeypatch):
+    """From the second batch on; the log of each is a file of its own."""
+    monkeypatch.setattr(experiment, "_collect_early", lambda spec: taken.append(experiment._arm(spec)))
+    with experiment:
+        for batch in (("a", "b"), ("c", "d")):
+            taken, before = [], list(experiment.spares)
+            experiment.collect([ArmSpec(name, CONFIG) for name in batch])
+            assert len(experiment.spares) == 2 and [arm for arm in taken if arm in before] == taken[: len(before)]
+            assert len({arm.log for arm in (*taken, *experiment.spares)}) == 4
+            for arm in taken:
+                arm.end(1)
+        spares = list(experiment.spares)
+        assert len(before) == 2 and not any(ended(spare) for spare in spares)
+    assert all(ended(spare) for spare in spares)
 
 
 def test_a_spare_that_is_gone_fails_the_arm_that_takes_it_and_no_other(experiment):
     with experiment:
-        gone = experiment.spare
+        gone = experiment.spares[0]
         gone.process.kill()
         gone.process.wait()
         with (
@@ -94,7 +111,7 @@ def test_a_spare_that_is_gone_fails_the_arm_that_takes_it_and_no_other(experimen
 
 def test_real_workers_that_are_still_importing_do_not_outlive_an_error(tmp_path, settings):
     with pytest.raises(ZeroDivisionError), Experiment(CONFIG, settings, tmp_path, dict(os.environ), silent) as experiment:
-        arms = [experiment.reference_arm, experiment.spare]
+        arms = [experiment.reference_arm, experiment.spares[0]]
         assert not any(ended(arm) for arm in arms)
         raise ZeroDivisionError
     assert all(ended(arm) for arm in arms)
