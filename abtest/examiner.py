@@ -54,6 +54,7 @@ class Examiner:
         """Check 3, and check 5's part with dropout, on a run built anew: with rates at which an update can be told from
         rounding, and with dropout where the arm takes it. alone: the arm's own run makes way for it, and is built again
         behind it; two of them, and copies of an optimizer's state, are more than a device may hold."""
+        batch = self._probe(state, 0, count, seed)[0]
         if alone:
             self._let_go()
         self._release()
@@ -62,11 +63,11 @@ class Examiner:
         if run is None or run.refused:
             run = self._again(config)
         else:
-            batch = self._probe(state, 0, count, seed)[0]
             findings = [dataclasses.asdict(finding) for finding in dropout.examine(run, batch, self.step)]
         report = check_update(run, seed)
         del run
-        gc.collect()  # hooks and what they hold refer to each other
+        if alone:
+            gc.collect()  # hooks and what they hold refer to each other
         self._release()
         if alone:
             self._make()

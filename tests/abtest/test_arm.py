@@ -196,7 +196,7 @@ def test_where_two_runs_are_too_many_an_arm_s_own_makes_way_for_its_update(alone
         return build(*arguments)
 
     monkeypatch.setattr(examiner, "build", built)
-    made.update(**at, alone=alone)
+    made.update(**at | {"seed": 1}, alone=alone)  # probes that nobody has asked for yet
     assert there == [not alone] and (first() is made.run.model) == (not alone)
     assert marks() == before
 
