@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ class FusedMasterAdamW:
 
     def __init__(self, inner: MasterAdamW) -> None:
         self.inner = inner
-        self.config, self.steps = inner.config, inner.steps
-        self.parameters, self.masters, self.adamw = inner.parameters, inner.masters, inner.adamw
-        self.collector, self.place = inner.collector, inner.place
-        self.deferring, self.release = inner.deferring, inner.release
-        self.gradients, self.zero_grad, self.publish = inner.gradients, inner.zero_grad, inner.publish
-        self.state, self.load_state = inner.state, inner.load_state
+
+    def __getattr__(self, name: str) -> Any:
+        """Asked for what is not here: all that is the other's."""
+        if name == "inner":  # a copy in the making has none yet
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     @torch.no_grad()
     def step(self, step: int) -> tuple[float, Tensor]:
