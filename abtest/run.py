@@ -26,7 +26,7 @@ from abtest.census import changes
 from abtest.command import check_gate, default_for, gate_config, planned_units
 from abtest.environment import describe
 from abtest.experiment import Candidate, Experiment
-from abtest.mps import environment_of_arms, joined, shared_gpu
+from abtest.mps import behind_others, environment_of_arms, joined, shared_gpu
 from abtest.op_level import op_reports
 from abtest.progress import GateProgress
 from abtest.report import append_gate, render
@@ -112,12 +112,12 @@ def _op_checks(
     command: Command, device: torch.device, scratch: Path, environment: dict[str, str], progress: GateProgress
 ) -> list[dict[str, Any]]:
     """`abtest.op_level.op_reports`; where processes share a GPU in one of its own, as one more of them: this one would have
-    to take turns with all of them."""
+    to take turns with all of them. Nobody waits for it before the end."""
     if not (command.ops and command.optimization):
         return []
     if not joined(environment):
         return _told(op_reports(registry.select(command.optimization), device), progress)
-    with Arm(ArmSpec("op checks", command), scratch, environment) as arm:
+    with Arm(ArmSpec("op checks", command), scratch, behind_others(environment)) as arm:
         try:
             rows = arm.call("op_checks", optimizations=list(command.optimization), device=device.type)["rows"]
         except ArmFailed as error:

@@ -10,7 +10,7 @@ import torch
 
 from abtest import run
 from abtest.arm import ArmFailed
-from abtest.mps import PIPE
+from abtest.mps import PIPE, PRIORITY
 
 CPU = torch.device("cpu")
 COMMAND = run.Command(optimization=("static_lora",))
@@ -39,9 +39,8 @@ def test_where_a_gpu_is_shared_they_join_in(monkeypatch, tmp_path, progress):
     arm = MagicMock()
     arm.return_value.__enter__.return_value.call.return_value = {"rows": [ROW]}
     monkeypatch.setattr(run, "Arm", arm)
-    environment = {PIPE: "a service"}
-    assert run._op_checks(COMMAND, CPU, tmp_path, environment, progress) == [ROW]
-    assert arm.call_args.args[2] is environment
+    assert run._op_checks(COMMAND, CPU, tmp_path, {PIPE: "a service"}, progress) == [ROW]
+    assert arm.call_args.args[2] == {PIPE: "a service", PRIORITY: "1"}  # behind the oracle
 
 
 def test_a_process_that_ends_has_failed(monkeypatch, tmp_path, progress, told):
