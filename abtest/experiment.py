@@ -180,7 +180,7 @@ class Experiment:
             tasks += [lambda: self._collect_early(first, traced), self._more_replicas]
         reference, _, _, gradients, *_ = self._together(*tasks)
         if self.seeds:  # the process that had begun it ended for want of memory, and the other was through by then
-            self._kicked("replicas")
+            self._replicas()
         self.reference = dataclasses.replace(reference, gradients=gradients)
         self.sigma = noise_floor(self.reference.losses, [self.kicked[seed] for seed in sorted(self.kicked)])
         self.seconds["prepare"] = time.monotonic() - began
@@ -242,19 +242,16 @@ class Experiment:
         resync = self.resync if resync is None else resync
         return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
 
-    def _replicas(self) -> None:
-        """Kicked references until none is left."""
-        self._kicked("replicas")
-
     def _more_replicas(self) -> None:
         """A second process for them, once there is memory for it and if it is worth its start. Should it end for want of
         memory, what it had begun is left to the first."""
         self.exact_through.wait()
         if len(self.seeds) > 1:
             with suppress(ArmFailed):
-                self._kicked("more replicas")
+                self._replicas("more replicas")
 
-    def _kicked(self, name: str) -> None:
+    def _replicas(self, name: str = "replicas") -> None:
+        """Kicked references, in a process of their own, until none is left."""
         kept = (UNCHECKPOINTED,) if resolve_device(self.config)[0].type == "cpu" else ()
         with self._arm(ArmSpec(name, self.config, (*self.base, *kept))) as arm:
             arm.build()

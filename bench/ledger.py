@@ -48,22 +48,21 @@ class Ledger:
 
     def fastest(self) -> Record | None:
         """The record of the fastest arm that is lossless beside the run's own stock and timed; None before the first."""
-        newest = {record.arm: record for record in self.records() if record.role in ("optimization", "combination")}
-        able = [
-            record for record in newest.values()
-            if record.verdict.level.lossless and record.perf is not None and record.recipe == self.recipe
-        ]  # fmt: skip
-        return max(able, key=lambda record: record.perf.ratio, default=None)
+        return max(self._able("optimization", "combination"), key=lambda record: record.perf.ratio, default=None)
 
     def passed(self) -> dict[str, float]:
         """Optimizations that are lossless beside the run's own stock and timed, in the registry's order: stock's time over
         theirs."""
-        newest = {record.arm: record for record in self.records() if record.role == "optimization"}
-        ratios = {
-            name: record.perf.ratio for name, record in newest.items()
-            if record.verdict.level.lossless and record.perf is not None and record.recipe == self.recipe
-        }  # fmt: skip
+        ratios = {record.arm: record.perf.ratio for record in self._able("optimization")}
         return {name: ratios[name] for name in registry.discover() if name in ratios}
+
+    def _able(self, *roles: str) -> list[Record]:
+        """The newest record of each arm of these roles, as far as it is lossless, timed and beside the run's own stock."""
+        newest = {record.arm: record for record in self.records() if record.role in roles}
+        return [
+            record for record in newest.values()
+            if record.verdict.level.lossless and record.perf is not None and record.recipe == self.recipe
+        ]  # fmt: skip
 
 
 def _first_difference(one: Any, other: Any, prefix: str = "") -> tuple[str, Any, Any]:

@@ -95,9 +95,8 @@ def by_setting(records: Iterable[ProfileRecord]) -> dict[Trained, list[Profiled]
     smaller sets."""
     found: dict[Trained, dict[tuple[str, ...], ProfileRecord]] = {}
     for record in sorted(records, key=lambda record: record.finished):
-        found.setdefault(trained_by(record.result["recipe"], record.result["recipe"].get("dtype")), {})[
-            tuple(sorted(record.result["enabled"]))
-        ] = record
+        recipe, enabled = record.result["recipe"], tuple(sorted(record.result["enabled"]))
+        found.setdefault(trained_by(recipe, recipe.get("dtype")), {})[enabled] = record
     ordered = sorted(found.items(), key=lambda item: item[0].order)
     return {trained: _named([own[key] for key in sorted(own, key=lambda key: (len(key), key))]) for trained, own in ordered}
 

@@ -208,7 +208,7 @@ def test_two_processes_share_the_replicas_and_what_one_fails_at_is_made_up_for(p
     unmanned.seeds.extend(range(len(unmanned.seeds), 6))
     ended, runs = [], []
 
-    def kicked(name, own=unmanned._kicked):
+    def replicas(name="replicas", own=unmanned._replicas):
         here.name = name
         own(name)
 
@@ -221,7 +221,7 @@ def test_two_processes_share_the_replicas_and_what_one_fails_at_is_made_up_for(p
         return {"loss": [float(kick_seed)]}
 
     here = threading.local()
-    monkeypatch.setattr(unmanned, "_kicked", kicked)
+    monkeypatch.setattr(unmanned, "_replicas", replicas)
     monkeypatch.setattr(unmanned, "_free_run", run)
     unmanned.trained.set()
     unmanned.exact_through.set()
@@ -231,13 +231,13 @@ def test_two_processes_share_the_replicas_and_what_one_fails_at_is_made_up_for(p
     else:
         unmanned._together(unmanned._replicas, unmanned._more_replicas)
         assert sorted([*runs, *unmanned.seeds]) == list(range(6))
-        unmanned._kicked("replicas")  # what the second ended at last
+        unmanned._replicas()  # what the second ended at last
         assert unmanned.kicked == {seed: [float(seed)] for seed in range(6)}
     assert len(ended) == 1 and len(set(runs)) == len(runs)
 
 
 def test_a_replica_that_nobody_finished_is_run_before_the_noise_is_told(unmanned, monkeypatch):
-    def ends_with_one_left(name):
+    def ends_with_one_left(name="replicas"):
         if name == "more replicas":
             return
         while len(unmanned.seeds) > (0 if len(asked) else 1):
@@ -246,7 +246,7 @@ def test_a_replica_that_nobody_finished_is_run_before_the_noise_is_told(unmanned
         asked.append(name)
 
     asked = []
-    monkeypatch.setattr(unmanned, "_kicked", ends_with_one_left)
+    monkeypatch.setattr(unmanned, "_replicas", ends_with_one_left)
     monkeypatch.setattr(unmanned, "_exact", lambda: unmanned.exact_through.set())
     monkeypatch.setattr(unmanned, "_repeat", lambda build, timed: {})
     monkeypatch.setattr(unmanned, "_collect_early", lambda spec, traced: None)
@@ -281,13 +281,13 @@ def test_an_arm_that_found_no_memory_beside_others_is_asked_again(message, asked
 
 
 def test_a_second_process_for_replicas_is_not_worth_its_start_at_the_end(unmanned, monkeypatch):
-    monkeypatch.setattr(unmanned, "_kicked", MagicMock())
+    monkeypatch.setattr(unmanned, "_replicas", MagicMock())
     unmanned.trained.set()
     unmanned.exact_through.set()
     unmanned.seeds.clear()
     unmanned.seeds.append(7)
     unmanned._more_replicas()
-    unmanned._kicked.assert_not_called()
+    unmanned._replicas.assert_not_called()
 
 
 @pytest.mark.parametrize(
