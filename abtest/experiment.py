@@ -82,12 +82,13 @@ class Experiment:
 
     folder: scratch space for weights and row sums. environment: of the arms' processes. on_progress(arm, phase, done,
     total) is called after every step, from several threads where arms work in parallel. base: optimizations that the
-    reference itself has on; none unless it is the gate that is being measured. The oracle never has any.
+    reference itself has on; none unless it is the gate that is being measured. The oracle never has any. hurried: on a GPU
+    that arms share, the reference stands before those who wait for it; not where it is timed beside them.
     """
 
     def __init__(
         self, config: Config, settings: GateConfig, folder: Path, environment: dict[str, str], on_progress: OnProgress,
-        base: tuple[str, ...] = (),
+        base: tuple[str, ...] = (), hurried: bool = False,
     ) -> None:  # fmt: skip
         self.config, self.settings, self.base = config, settings, base
         self.folder, self.environment, self.on_progress = folder, environment, on_progress
@@ -108,8 +109,13 @@ class Experiment:
         self.gradients_known: dict[str, Future[dict]] = {state: Future() for state in self.states}
         self.seeds = deque(range(settings.replicas))  # of replicas that nobody has begun
         self.kicked: dict[int, list[float]] = {}  # their losses
-        self.reference_arm = self._arm(ArmSpec("stock", config, base))
-        self.truths = Truths(lambda: self._arm(ArmSpec("oracle", config, exact=True)), settings, self.weights, on_progress)
+        self.reference_arm = self._arm(ArmSpec("stock", config, base), ahead_of_others=hurried)
+        self.truths = Truths(
+            lambda: self._arm(ArmSpec("oracle", config, exact=True), ahead_of_others=True),
+            settings,
+            self.weights,
+            on_progress,
+        )
 
     def __enter__(self) -> Experiment:
         return self
@@ -129,11 +135,11 @@ class Experiment:
         self.repeat_arm.__exit__(None, None, None)
         self.repeat_arm = None
 
-    def _arm(self, spec: ArmSpec) -> Arm:
+    def _arm(self, spec: ArmSpec, ahead_of_others: bool = False) -> Arm:
         """An arm's process, and spare ones for those after it: importing takes as long as gating a small model."""
         with self.starting:
             behind = behind_others(self.environment)
-            if spec.exact and behind != self.environment:  # others wait for it, and the spare process stands behind
+            if ahead_of_others and behind != self.environment:  # a spare process stands behind
                 arm = Arm(spec, self.folder, self.environment)
             else:
                 arm = self.spares.popleft() if self.spares else Arm(spec, self.folder, behind)
@@ -177,7 +183,8 @@ class Experiment:
         beside = first is not None and self.settings.parallel > 1 and not self.crowded
         tasks = [lambda: self._reference_evidence(build), self._exact, self._replicas, lambda: self._repeat(again, timed)]
         if beside:
-            tasks += [lambda: self._collect_early(first, traced), self._more_replicas]
+            self.ahead = max(self.ahead, 2)  # the oracle's and the reference's places become free one behind the other
+            tasks += [lambda: self._collect_early(first, traced), *[self._more_replicas] * self.settings.parallel]
         reference, _, _, gradients, *_ = self._together(*tasks)
         if self.seeds:  # the process that had begun it ended for want of memory, and the other was through by then
             self._replicas()
@@ -243,8 +250,9 @@ class Experiment:
         return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
 
     def _more_replicas(self) -> None:
-        """A second process for them, once there is memory for it and if it is worth its start. Should it end for want of
-        memory, what it had begun is left to the first."""
+        """Another process for them in a place that has become free, once the oracle's memory has, and if it is worth its
+        start: each launches small kernels, of which two processes do not fill a GPU. Should it end for want of memory, what
+        it had begun is left to the others."""
         self.exact_through.wait()
         if len(self.seeds) > 1:
             with suppress(ArmFailed):
@@ -255,6 +263,7 @@ class Experiment:
         kept = (UNCHECKPOINTED,) if resolve_device(self.config)[0].type == "cpu" else ()
         with self._arm(ArmSpec(name, self.config, (*self.base, *kept))) as arm:
             arm.build()
+            arm.call("remember")
             self.trained.wait()
             while self.seeds:
                 try:

@@ -48,5 +48,5 @@ class InProcessArm(Arm):
 class InProcessExperiment(Experiment):
     """`abtest.experiment` as it is, on arms without processes, one at a time."""
 
-    def _arm(self, spec: ArmSpec) -> InProcessArm:
+    def _arm(self, spec: ArmSpec, ahead_of_others: bool = False) -> InProcessArm:
         return InProcessArm(spec)

@@ -21,8 +21,13 @@ PIPE, LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 PRIORITY = "CUDA_MPS_CLIENT_PRIORITY"
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 30  # for the service to answer
-# What an arm keeps in pieces that it can't use, the others on its GPU can't have.
-MEMORY = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+OF_ARMS = {
+    # What an arm keeps in pieces that it can't use, the others on its GPU can't have.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # PyTorch's profiler, which counts an arm's kernels, lets go of CUPTI when it ends. By default it does not, and every
+    # later launch of that process takes longer: an arm would be timed slower for having been looked at.
+    "TEARDOWN_CUPTI": "1",
+}
 
 
 @contextmanager
@@ -46,8 +51,8 @@ def shared_gpu(wanted: bool) -> Iterator[dict[str, str]]:
 
 
 def environment_of_arms(variables: dict[str, str]) -> dict[str, str]:
-    """That of processes which share a GPU: the user's own, and what `shared_gpu` gave. The user's settings win over ours."""
-    return MEMORY | dict(os.environ) | variables
+    """That of arms' processes: the user's own, and what `shared_gpu` gave. The user's settings win over ours."""
+    return OF_ARMS | dict(os.environ) | variables
 
 
 def behind_others(environment: dict[str, str]) -> dict[str, str]:

@@ -141,7 +141,7 @@ def _gate(
         claim = max(claim, Exactness.ROUNDING, key=registry.ORDER.index)
     names = (*command.optimization, *([command.plant] if command.plant else []))
     spec = ArmSpec(" + ".join(names), config, tuple(command.optimization), command.plant)
-    with Experiment(config, command.gate, scratch, environment, progress) as experiment:
+    with Experiment(config, command.gate, scratch, environment, progress, hurried=True) as experiment:
         try:
             experiment.prepare(spec, timed=False, traced=True)
         except ArmFailed as error:

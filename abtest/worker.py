@@ -133,9 +133,10 @@ class Worker(Examiner, Stopwatch):
         resync: dict[str, str] | None = None, kick_seed: int | None = None,
     ) -> dict:  # fmt: skip
         """Trains from the initial weights. states_to, resync_to: before which steps to write weights or the whole optimizer,
-        and where; `slow` is the step whose weights get slow heads. resync: before which steps to take the optimizer."""
+        and where; `slow` is the step whose weights get slow heads. resync: before which steps to take the optimizer.
+        kick_seed: of a replica, which begins with what `remember` kept, whatever was trained since."""
         if kick_seed is not None:
-            self._begin_again()
+            self.start.restore(self.run)
 
         def before_step(step: int) -> None:
             if str(step) in (states_to or {}):
@@ -150,13 +151,10 @@ class Worker(Examiner, Stopwatch):
         self._release()
         return answer
 
-    def _begin_again(self) -> None:
-        """As it was built: built once more for the first replica, since it may have trained, and then restored."""
-        if self.start is None:
-            self.run, self.dataset = build(self.config, self.optimizations)
-            self.start = Start.of(self.run)
-        else:
-            self.start.restore(self.run)
+    def remember(self) -> dict:
+        """Keeps what the run, which has not trained yet, begins with: every replica begins there."""
+        self.start = Start.of(self.run)
+        return {}
 
     def save_weights(self, path: str) -> dict:
         """Writes the weights as they are as a state."""
@@ -240,8 +238,8 @@ class Worker(Examiner, Stopwatch):
 
 
 COMMANDS = (
-    "build", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances", "structure", "update", "work",
-    "tripwire", "trace", "autotuned", "op_checks",
+    "build", "remember", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances", "structure", "update",
+    "work", "tripwire", "trace", "autotuned", "op_checks",
     "prepare_timing", "time_block", "finish_timing",
 )  # fmt: skip
 

@@ -150,15 +150,26 @@ def test_the_others_stand_behind_the_oracle(unmanned):
     """Its process is its own: a priority is settled when a process starts, and the spare one started with a low one."""
     asked = experiment_module.Arm
     unmanned.environment = {PIPE: "a service"}
-    for spec in (ArmSpec("one", CONFIG), ArmSpec("oracle", CONFIG, exact=True), ArmSpec("next", CONFIG)):
-        unmanned._arm(spec)
+    unmanned._arm(ArmSpec("one", CONFIG))
+    unmanned.truths.build()
+    unmanned._arm(ArmSpec("next", CONFIG))
     environments = {call.args[0].name: call.args[2] for call in asked.call_args_list}
     assert PRIORITY not in environments["oracle"] and environments["after one, 1"] == {PIPE: "a service", PRIORITY: "1"}
 
 
+@pytest.mark.parametrize("hurried", [False, True])
+def test_a_reference_that_all_wait_for_and_nobody_times_stands_beside_the_oracle(hurried, settings, tmp_path, monkeypatch):
+    arms = MagicMock()
+    monkeypatch.setattr(experiment_module, "Arm", arms)
+    Experiment(CONFIG, settings, tmp_path, {PIPE: "a service"}, silent, hurried=hurried)
+    environments = {call.args[0].name: call.args[2] for call in arms.call_args_list}
+    assert (PRIORITY in environments["stock"]) != hurried
+
+
 def test_without_the_service_the_spare_process_becomes_the_oracle(unmanned):
     (spare,) = unmanned.spares
-    assert unmanned._arm(ArmSpec("oracle", CONFIG, exact=True)) is spare
+    unmanned.truths.build()
+    assert unmanned.truths.arm is spare
     assert [call.args[2] for call in experiment_module.Arm.call_args_list] == [{}] * experiment_module.Arm.call_count
 
 
@@ -185,7 +196,7 @@ def test_where_optimizers_are_large_arms_take_turns(unmanned, monkeypatch):
     assert unmanned.crowded and not unmanned.resync and most == [1, 1, 1, 1], "and the first arm comes later"
     BUILT["state_bytes"] = experiment_module.RESYNC_BYTES
     unmanned.prepare(FIRST)
-    assert not unmanned.crowded and unmanned.resync and len(most) == 10 and max(most) > 1
+    assert not unmanned.crowded and unmanned.resync and len(most) == 13 and max(most) > 1
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", ()), ("cpu", (UNCHECKPOINTED,))])

@@ -511,4 +511,5 @@ def test_arms_join_the_service_where_there_is_one_and_records_say_so(world, monk
     world("--run", "r", "--arms", "static_lora", "--gate.parallel", "4")
     assert asked == [False]  # no GPU here
     assert world.environment["CUDA_MPS_PIPE_DIRECTORY"] == "/pipe" and "PYTORCH_ALLOC_CONF" in world.environment
+    assert world.environment["TEARDOWN_CUPTI"] == "1", "a profiler that stays slows down whoever was looked at"
     assert all(record.environment["shared_by_mps"] is True for record in world.records("r"))
