@@ -31,9 +31,9 @@ from loop.model import resolve_device
 RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm, and several fill a GPU: arms take turns
 TRIPWIRE_PROBES = 3
 STRUCTURE_PROBES = (0, 1, 2)  # a real pack, a tricky one, two rows
-# On a CPU replicas recompute nothing: their losses are the reference's, and they take a quarter less time. A GPU's memory is
-# better spent on more arms side by side.
 UNCHECKPOINTED = "keep_activations"
+# A candidate with one of these takes several times the reference's memory, and replicas leave it theirs.
+HUNGRY = {UNCHECKPOINTED, "cuda_graphs"}
 
 
 @dataclass
@@ -96,6 +96,7 @@ class Experiment:
         self.weights = {state: str(folder / f"state-{index}.safetensors") for index, state in enumerate(self.states)}
         self.resync: dict[str, str] = {}
         self.crowded = False  # whether every arm's optimizer is so large that only one arm may be at work
+        self.hungry = False  # whether the arm that is gated beside the reference takes much memory
         self.spares: deque[Arm] = deque()
         self.ahead = 1  # spare processes to keep
         self.repeat_arm: Arm | None = None
@@ -103,7 +104,9 @@ class Experiment:
         self.calls: dict[str, float] = {}  # seconds an arm took over a command, "stock: overfit" for example
         self.early: dict[ArmSpec, _Collected] = {}
         self.starting = threading.Lock()
-        self.trained, self.memorised_by_heart, self.exact_through = (threading.Event() for _ in range(3))
+        self.trained, self.memorised_by_heart, self.exact_through, self.reference_through = (
+            threading.Event() for _ in range(4)
+        )
         # What an arm beside the reference has to know of it: its census, and its gradients by state.
         self.work_known: Future[dict] = Future()
         self.gradients_known: dict[str, Future[dict]] = {state: Future() for state in self.states}
@@ -182,9 +185,9 @@ class Experiment:
         reference.call("save_weights", path=self.weights[self.states[0]])
         beside = first is not None and self.settings.parallel > 1 and not self.crowded
         tasks = [lambda: self._reference_evidence(build), self._exact, self._replicas, lambda: self._repeat(again, timed)]
+        self.hungry = beside and not HUNGRY.isdisjoint(first.optimizations)
         if beside:
-            self.ahead = max(self.ahead, 2)  # the oracle's and the reference's places become free one behind the other
-            tasks += [lambda: self._collect_early(first, traced), *[self._more_replicas] * self.settings.parallel]
+            tasks += [lambda: self._collect_early(first, traced), self._more_replicas]
         reference, _, _, gradients, *_ = self._together(*tasks)
         if self.seeds:  # the process that had begun it ended for want of memory, and the other was through by then
             self._replicas()
@@ -250,18 +253,19 @@ class Experiment:
         return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
 
     def _more_replicas(self) -> None:
-        """Another process for them in a place that has become free, once the oracle's memory has, and if it is worth its
-        start: each launches small kernels, of which two processes do not fill a GPU. Should it end for want of memory, what
-        it had begun is left to the others."""
+        """A second process for them, once there is memory for it and if it is worth its start: one that launches small
+        kernels does not fill a GPU. Should it end for want of memory, what it had begun is left to the first."""
         self.exact_through.wait()
+        self.reference_through.wait()
         if len(self.seeds) > 1:
             with suppress(ArmFailed):
                 self._replicas("more replicas")
 
     def _replicas(self, name: str = "replicas") -> None:
-        """Kicked references, in a process of their own, until none is left."""
-        kept = (UNCHECKPOINTED,) if resolve_device(self.config)[0].type == "cpu" else ()
-        with self._arm(ArmSpec(name, self.config, (*self.base, *kept))) as arm:
+        """Kicked references, in a process of their own, until none is left. Recomputing takes a quarter of their time and
+        spares memory: where oracle and reference have left theirs, the first process recomputes nothing."""
+        cpu, first = resolve_device(self.config)[0].type == "cpu", name == "replicas"
+        with self._arm(ArmSpec(name, self.config, self.base)) as arm:
             arm.build()
             arm.call("remember")
             self.trained.wait()
@@ -271,16 +275,27 @@ class Experiment:
                 except IndexError:  # the other process was faster
                     return
                 try:
-                    self.kicked[seed] = self._free_run(arm, f"noise floor {seed + 1}", kick_seed=seed)["loss"]
+                    self.kicked[seed] = self._replica(arm, seed, kept=cpu or (first and self._room()))
                 except ArmFailed:
                     self.seeds.append(seed)
                     raise
+
+    def _room(self) -> bool:
+        """Whether those who take most are through, and the others take no more than stock does."""
+        through = self.exact_through.is_set() and self.reference_through.is_set()
+        return through and not (self.crowded or self.hungry)
+
+    def _replica(self, arm: Arm, seed: int, kept: bool) -> list[float]:
+        step = self._step(arm.spec.name, f"noise floor {seed + 1}")
+        return arm.call("replica", step, steps=self.settings.steps, resync=self.resync, seed=seed, kept=kept)["loss"]
 
     # An arm's evidence
 
     def _reference_evidence(self, build: dict) -> Evidence:
         """The free run and the overfit state, for which all others wait, and then what every arm reports."""
-        with _settled([self.work_known]):
+        with ExitStack() as stack:
+            stack.callback(self.reference_through.set)
+            stack.enter_context(_settled([self.work_known]))
             try:
                 run = self._train()
                 self.trained.set()
@@ -290,8 +305,8 @@ class Experiment:
                 self.memorised_by_heart.set()
             evidence = self._evidence(self.reference_arm, build, run, candidate=False)
             self.work_known.set_result(evidence.work)
-        if self.traced:
-            self._trace(self.reference_arm)
+            if self.traced:
+                self._trace(self.reference_arm)
         return evidence
 
     def _evidence(self, arm: Arm, build: dict, run: dict, candidate: bool) -> Evidence:

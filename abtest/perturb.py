@@ -12,7 +12,7 @@ from loop.run import Run
 @dataclass(frozen=True)
 class Start:
     """Copies of what a run begins with, so that the next replica need not be built: every weight, frozen ones too, and the
-    optimizer's state."""
+    optimizer's state. On the host, whose memory is not scarce."""
 
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
@@ -20,8 +20,7 @@ class Start:
     @classmethod
     def of(cls, run: Run) -> Start:
         """`run` has not trained yet."""
-        weights = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-        return cls(weights, {name: value.clone() for name, value in run.optimizer.state().items()})
+        return cls(_on_host(dict(run.model.named_parameters())), _on_host(run.optimizer.state()))
 
     @torch.no_grad()
     def restore(self, run: Run) -> None:
@@ -30,6 +29,10 @@ class Start:
             parameter.copy_(self.weights[name])
         run.optimizer.load_state(self.optimizer)
         run.optimizer.zero_grad()
+
+
+def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 @torch.no_grad()

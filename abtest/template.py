@@ -1,7 +1,8 @@
 """A process that has imported what every arm imports, and becomes an arm's by forking: the rest of a small arm's start.
 
-Only where there is no GPU: a driver that was asked for one can't be forked. What an arm builds, trains and draws comes after
-the fork, so arms share nothing but modules. A template ends with the process that started it.
+What an arm builds, trains and draws comes after the fork, so arms share nothing but modules. A GPU's driver can't be forked
+once it was asked for anything: a template that finds, after its imports, that one of them asked, starts arms from nothing
+instead. A template ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "abtest.template"
 MESSAGE = 1 << 20  # bytes of a request, at most: an environment
-ANOTHER_EACH_TIME = {"PYTEST_CURRENT_TEST"}  # variables that no import reads
+WORKER = "abtest.worker"  # what an arm's process runs
+# Variables that no import reads: CUDA reads its own when it is first used, which is after the fork.
+ANOTHER_EACH_TIME = {
+    "PYTEST_CURRENT_TEST", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_MPS_CLIENT_PRIORITY",
+}  # fmt: skip
+# PyTorch then asks NVML whether there is a GPU, and not the driver.
+OF_TEMPLATES = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 _one_at_a_time = threading.Lock()
 _templates: dict[tuple, socket.socket] = {}  # where each takes requests, by its interpreter and environment
 
@@ -74,8 +82,18 @@ class Forked:
         return True
 
 
+@cache
 def usable() -> bool:
-    return hasattr(os, "pidfd_open") and not torch.cuda.is_available()
+    """Whether this system has what a template needs; some sandboxes lack it."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            socket.send_fds(ours, [b"1"], [0])
+            os.close(socket.recv_fds(theirs, 1, 1)[1][0])
+    except (AttributeError, OSError, IndexError):
+        return False
+    return True
 
 
 def forked(environment: Mapping[str, str], log: int) -> Forked:
@@ -105,7 +123,7 @@ def _start(environment: Mapping[str, str], log: int) -> socket.socket:
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", MODULE], stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=log, cwd=ROOT,
-            env=dict(environment),
+            env=OF_TEMPLATES | dict(environment),
         )  # fmt: skip
     atexit.register(process.kill)  # it may still be importing, for nobody
     return ours
@@ -178,12 +196,15 @@ def main() -> None:
         return
     control.close()
     signal.signal(signal.SIGINT, interrupt)
+    if torch.cuda._is_in_bad_fork():  # an import of the template's asked CUDA's driver, which is of no use here then
+        os.execve(sys.executable, [sys.executable, "-m", WORKER], environment)
     os.environ.clear()
     os.environ.update(environment)
     worker.main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # taking everything down would first copy all of the template's memory
+    if not torch.cuda.is_initialized():
+        os._exit(0)  # taking everything down would first copy all of the template's memory
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from abtest.census import model_flops
 from abtest.examiner import Examiner, plain
 from abtest.free_run import free_run, save_state, state_bytes
 from abtest.gradients import Distances
-from abtest.oracle import exact_gradients, make_exact, packing_error, recurrence_error
+from abtest.oracle import exact_gradients, keeping, make_exact, packing_error, recurrence_error
 from abtest.oracle_cache import OracleCache
 from abtest.perturb import Start
 from abtest.probes import Probe, memorised, memorised_probes, probes
@@ -46,6 +46,9 @@ from loop.training import build, switch_on
 # Probes on which the reference's packed path is compared with unpacked documents: several at the two states where a leak
 # shows most and where it costs least, elsewhere the one with the most boundaries.
 PACKED_PROBES, TRICKY = 4, 1
+# So many times what it takes with recomputation: 2.5 of them without; reference, repeat, candidate and a second process for
+# replicas take one each, the candidate a second run for its update, and all of them weights while they rest.
+ROOM = 6
 AHEAD = ("peft", "transformers")  # what every arm imports, and takes its time
 
 
@@ -130,13 +133,10 @@ class Worker(Examiner, Stopwatch):
 
     def free_run(
         self, steps: int, states_to: dict[str, str] | None = None, slow: str = "", resync_to: dict[str, str] | None = None,
-        resync: dict[str, str] | None = None, kick_seed: int | None = None,
+        resync: dict[str, str] | None = None,
     ) -> dict:  # fmt: skip
         """Trains from the initial weights. states_to, resync_to: before which steps to write weights or the whole optimizer,
-        and where; `slow` is the step whose weights get slow heads. resync: before which steps to take the optimizer.
-        kick_seed: of a replica, which begins with what `remember` kept, whatever was trained since."""
-        if kick_seed is not None:
-            self.start.restore(self.run)
+        and where; `slow` is the step whose weights get slow heads. resync: before which steps to take the optimizer."""
 
         def before_step(step: int) -> None:
             if str(step) in (states_to or {}):
@@ -144,6 +144,9 @@ class Worker(Examiner, Stopwatch):
             if str(step) in (resync_to or {}):
                 save_state(self.run, Path(resync_to[str(step)]))
 
+        return self._trained(steps, resync, before_step)
+
+    def _trained(self, steps: int, resync: dict[str, str] | None, before_step=None, kick_seed: int | None = None) -> dict:
         torch.manual_seed(self.config.seed)  # as when it was built: arms in one process share the generator
         sources = {int(step): Path(path) for step, path in (resync or {}).items()}
         answer = free_run(self.run, self.dataset, steps, self.step, sources, before_step, kick_seed)
@@ -153,8 +156,36 @@ class Worker(Examiner, Stopwatch):
 
     def remember(self) -> dict:
         """Keeps what the run, which has not trained yet, begins with: every replica begins there."""
-        self.start = Start.of(self.run)
+        self.start, self.recomputing = Start.of(self.run), None
         return {}
+
+    def replica(self, steps: int, resync: dict[str, str], seed: int, kept: bool) -> dict:
+        """The losses of a run that begins with what `remember` kept, kicked. kept: recomputes nothing, if there is room for
+        what that keeps; its losses have the same bits."""
+        kept = kept and self._roomy()
+        while True:
+            self.start.restore(self.run)
+            try:
+                with keeping(self.run.model, kept):
+                    loss = self._trained(steps, resync, kick_seed=seed)["loss"]
+            except torch.OutOfMemoryError:
+                if not kept:
+                    raise
+            else:
+                break
+            kept = False  # not in the handler, which holds what was kept
+            self._release()
+        if not kept and self.run.device.type == "cuda":
+            self.recomputing = torch.cuda.max_memory_reserved(self.run.device)
+        return {"loss": loss, "kept": kept}
+
+    def _roomy(self) -> bool:
+        """Whether the device is so large that the other arms have theirs when this one recomputes nothing. That is known
+        once it has recomputed."""
+        if self.run.device.type == "cpu":
+            return True
+        total = torch.cuda.get_device_properties(self.run.device).total_memory
+        return self.recomputing is not None and total >= ROOM * self.recomputing
 
     def save_weights(self, path: str) -> dict:
         """Writes the weights as they are as a state."""
@@ -238,8 +269,8 @@ class Worker(Examiner, Stopwatch):
 
 
 COMMANDS = (
-    "build", "remember", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances", "structure", "update",
-    "work", "tripwire", "trace", "autotuned", "op_checks",
+    "build", "remember", "replica", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances", "structure",
+    "update", "work", "tripwire", "trace", "autotuned", "op_checks",
     "prepare_timing", "time_block", "finish_timing",
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from abtest import experiment as experiment_module
 from abtest import sensitivity
 from abtest.arm import ArmFailed, ArmSpec
 from abtest.evidence import Evidence
-from abtest.experiment import UNCHECKPOINTED, Experiment
+from abtest.experiment import Experiment
 from abtest.in_process import InProcessExperiment
 from abtest.mps import PIPE, PRIORITY
 from abtest.settings import GateConfig
@@ -196,19 +196,39 @@ def test_where_optimizers_are_large_arms_take_turns(unmanned, monkeypatch):
     assert unmanned.crowded and not unmanned.resync and most == [1, 1, 1, 1], "and the first arm comes later"
     BUILT["state_bytes"] = experiment_module.RESYNC_BYTES
     unmanned.prepare(FIRST)
-    assert not unmanned.crowded and unmanned.resync and len(most) == 13 and max(most) > 1
+    assert not unmanned.crowded and unmanned.resync and len(most) == 10 and max(most) > 1
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cuda", ()), ("cpu", (UNCHECKPOINTED,))])
-def test_replicas_run_without_recomputation_where_memory_is_not_scarce(device, expected, unmanned, monkeypatch):
-    asked = MagicMock(return_value=MagicMock(__enter__=MagicMock()))
-    monkeypatch.setattr(unmanned, "_arm", asked)
-    monkeypatch.setattr(unmanned, "_free_run", lambda arm, phase, kick_seed: {"loss": [1.0]})
+@pytest.mark.parametrize("through", [(), ("exact_through",), ("reference_through",), ("exact_through", "reference_through")])
+@pytest.mark.parametrize(("device", "process", "obstacle"), [
+    ("cpu", "replicas", None), ("cpu", "more replicas", "hungry"), ("cuda", "replicas", None),
+    ("cuda", "replicas", "crowded"), ("cuda", "replicas", "hungry"), ("cuda", "more replicas", None),
+])  # fmt: skip
+def test_replicas_recompute_nothing_where_memory_is_not_scarce(device, process, obstacle, through, unmanned, monkeypatch):
+    """On a CPU; and on a GPU the first process, once oracle and reference have left theirs."""
+    asked = []
+    monkeypatch.setattr(unmanned, "_replica", lambda arm, seed, kept: asked.append(kept) or [1.0])
     monkeypatch.setattr(experiment_module, "resolve_device", lambda config: (torch.device(device), torch.float32))
-    unmanned.trained.set()
-    unmanned._replicas()
-    assert [call.args[0].optimizations for call in asked.call_args_list] == [expected]
-    assert len(unmanned.kicked) == unmanned.settings.replicas
+    for name in ("trained", *through):
+        getattr(unmanned, name).set()
+    if obstacle is not None:
+        setattr(unmanned, obstacle, True)
+    unmanned._replicas(process)
+    room = len(through) == 2 and process == "replicas" and obstacle is None
+    assert asked == [device == "cpu" or room] * unmanned.settings.replicas
+
+
+@pytest.mark.parametrize(("names", "expected"), [(("silu_mul",), False), (("silu_mul", "cuda_graphs"), True)])
+def test_replicas_leave_a_hungry_candidate_its_memory(names, expected, unmanned, monkeypatch):
+    for name in ("_exact", "_repeat", "_collect_early", "_more_replicas", "_replicas"):
+        monkeypatch.setattr(unmanned, name, lambda *arguments: {})
+    monkeypatch.setattr(unmanned, "_reference_evidence", lambda build: Evidence(build, {"loss": [1.0]}))
+    unmanned.kicked[0] = [1.0]
+    unmanned.seeds.clear()
+    unmanned.prepare(ArmSpec("one", CONFIG, names))
+    assert unmanned.hungry is expected
+    unmanned.prepare()
+    assert not unmanned.hungry, "there is none beside the reference"
 
 
 @pytest.mark.parametrize("process", ["replicas", "more replicas"])
@@ -223,19 +243,19 @@ def test_two_processes_share_the_replicas_and_what_one_fails_at_is_made_up_for(p
         here.name = name
         own(name)
 
-    def run(arm, phase, kick_seed):
+    def run(arm, seed, kept):
         time.sleep(0.02)
         if here.name == process and not ended:
-            ended.append(kick_seed)
+            ended.append(seed)
             raise ArmFailed("out of memory")
-        runs.append(kick_seed)
-        return {"loss": [float(kick_seed)]}
+        runs.append(seed)
+        return [float(seed)]
 
     here = threading.local()
     monkeypatch.setattr(unmanned, "_replicas", replicas)
-    monkeypatch.setattr(unmanned, "_free_run", run)
-    unmanned.trained.set()
-    unmanned.exact_through.set()
+    monkeypatch.setattr(unmanned, "_replica", run)
+    for through in (unmanned.trained, unmanned.exact_through, unmanned.reference_through):
+        through.set()
     if process == "replicas":
         with pytest.raises(ArmFailed, match="out of memory"):
             unmanned._together(unmanned._replicas, unmanned._more_replicas)
@@ -264,6 +284,7 @@ def test_a_replica_that_nobody_finished_is_run_before_the_noise_is_told(unmanned
 
     def reference(build):
         unmanned.trained.set()
+        unmanned.reference_through.set()
         return Evidence(build, {"loss": [1.0]})
 
     monkeypatch.setattr(unmanned, "_reference_evidence", reference)
@@ -293,8 +314,8 @@ def test_an_arm_that_found_no_memory_beside_others_is_asked_again(message, asked
 
 def test_a_second_process_for_replicas_is_not_worth_its_start_at_the_end(unmanned, monkeypatch):
     monkeypatch.setattr(unmanned, "_replicas", MagicMock())
-    unmanned.trained.set()
-    unmanned.exact_through.set()
+    for through in (unmanned.trained, unmanned.exact_through, unmanned.reference_through):
+        through.set()
     unmanned.seeds.clear()
     unmanned.seeds.append(7)
     unmanned._more_replicas()
@@ -314,6 +335,7 @@ def test_an_arm_beside_a_reference_that_ends_is_told_so(part, failing, unmanned,
     unmanned.repeat_arm = MagicMock()
     with pytest.raises(ArmFailed, match="out of memory"):
         getattr(unmanned, part)({}, *([True] if part == "_repeat" else []))
+    assert part == "_repeat" or unmanned.reference_through.is_set(), "a second process for replicas waits for it"
     awaited = unmanned.gradients_known.values() if part == "_repeat" else [unmanned.work_known]
     for known in awaited:
         with pytest.raises(ArmFailed, match="the reference ended"):

@@ -44,6 +44,14 @@ if __name__ == "__main__":
     main()
 """
 
+TORCH = """
+import os
+
+class cuda:
+    _is_in_bad_fork = staticmethod(lambda: os.environ.get("SPOILED") == "True")
+    is_initialized = staticmethod(lambda: False)
+"""
+
 
 @pytest.fixture
 def light(tmp_path, monkeypatch) -> Path:
@@ -52,8 +60,8 @@ def light(tmp_path, monkeypatch) -> Path:
     (folder / "abtest").mkdir(parents=True)
     shutil.copy(template.__file__, folder / "abtest" / "template.py")
     (folder / "abtest" / "worker.py").write_text(WORKER, encoding="utf-8")
-    for empty in ("abtest/__init__.py", "torch.py"):
-        (folder / empty).touch()
+    (folder / "abtest" / "__init__.py").touch()
+    (folder / "torch.py").write_text(TORCH, encoding="utf-8")
     monkeypatch.setattr(template, "ROOT", folder)
     monkeypatch.setattr("abtest.arm.ROOT", folder)
     monkeypatch.setattr(template, "_templates", {})  # those that begin here end with the test
@@ -118,9 +126,48 @@ def test_nothing_outlives_a_driver_that_is_killed(light, tmp_path, gone):
     assert gone(int(done.stdout), 30)
 
 
-def test_where_there_is_a_gpu_nothing_is_forked(light, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [False, True])
+def test_where_an_import_asked_the_driver_arms_start_from_nothing(asked, light, tmp_path):
+    """As CUDA's can't be forked once it was asked; torch knows in the child."""
+    with arm(tmp_path, SPOILED=str(asked), CUDA_MPS_CLIENT_PRIORITY="1") as one:
+        assert one.build() == {"asked": "build"}
+        words = Path(f"/proc/{one.process.pid}/cmdline").read_text().split("\0")
+        assert words[1:3] == ["-m", "abtest.worker" if asked else "abtest.template"]
+        variables = Path(f"/proc/{one.process.pid}/environ").read_text().split("\0")
+        assert not asked or {"SPOILED=True", "CUDA_MPS_CLIENT_PRIORITY=1"} <= set(variables)
+        assert len(list(Path(f"/proc/{one.process.pid}/fd").iterdir())) == 3, "it holds something of the template's"
+    assert one.process.returncode == 0
+
+
+def test_arms_that_differ_in_what_cuda_reads_share_a_template(light, tmp_path):
+    with arm(tmp_path) as one, arm(tmp_path, "other", CUDA_MPS_CLIENT_PRIORITY="1") as other:
+        assert one.build() == other.build() == {"asked": "build"}
+        assert parent(one.process.pid) == parent(other.process.pid)
+
+
+def test_a_template_asks_no_driver_whether_there_is_a_gpu(light, tmp_path):
+    with arm(tmp_path) as one:
+        one.build()
+        variables = Path(f"/proc/{parent(one.process.pid)}/environ").read_text().split("\0")
+        assert "PYTORCH_NVML_BASED_CUDA_CHECK=1" in variables
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_every_arm_imports_asks_no_driver(tmp_path):
+    """Or every arm would start from nothing, and nobody would notice but by the time it takes."""
+    with arm(tmp_path) as one:
+        one.build()
+        assert Path(f"/proc/{one.process.pid}/cmdline").read_text().split("\0")[2] == "abtest.template"
+
+
+@pytest.mark.parametrize("error", [OSError("no such call"), AttributeError("no such name")])
+def test_where_the_system_lacks_what_it_takes_nothing_is_forked(error, light, tmp_path, monkeypatch):
+    def lacking(pid):
+        raise error
+
     assert template.usable()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(os, "pidfd_open", lacking)
+    monkeypatch.setattr(template, "usable", template.usable.__wrapped__)
     assert not template.usable()
     with arm(tmp_path) as one:
         assert isinstance(one.process, subprocess.Popen) and one.build() == {"asked": "build"}
