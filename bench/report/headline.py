@@ -18,8 +18,8 @@ from bench.roofline.setting import setting_of
 from bench.roofline.step import step_of
 
 NO_PAIR = (
-    "No peer has been measured beside a shipped configuration yet; "
-    '`make bench EXTRAS="dev gpu peers" ARGS="--peers"` on a GPU box does that.'
+    "The newest run of no setting holds a timed peer beside what ships; "
+    '`make bench EXTRAS="dev gpu peers" ARGS="--peers"` on a GPU box makes one that does.'
 )
 HEADER = (
     "device", "model", "method", "pack length", "supervised", "shipped tok/s", "best peer", "its tok/s", "ratio",
