@@ -176,7 +176,7 @@ class Worker(Examiner, Stopwatch):
             kept = False  # not in the handler, which holds what was kept
             self._release()
         if not kept and self.run.device.type == "cuda":
-            self.recomputing = torch.cuda.max_memory_reserved(self.run.device)
+            self.recomputing = torch.cuda.max_memory_allocated(self.run.device)
         return {"loss": loss, "kept": kept}
 
     def _roomy(self) -> bool:
