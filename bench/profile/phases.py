@@ -14,7 +14,7 @@ from bench.profile.intervals import Interval, gaps, length, union
 from bench.profile.owners import Owners, launchers_of
 from bench.profile.trace import Segment, Trace, segments
 
-NAMES = 40  # of kernels that a record keeps, those that take longest; what no pattern knows is kept besides
+NAMES = 80  # of kernels that a record keeps, those that take longest; what no pattern knows is kept besides
 GAPS = 10  # the longest
 PYTHON = "Python, no operator"  # what the host did where it ran neither an operator nor a call
 UPDATE = "update"

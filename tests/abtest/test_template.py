@@ -160,13 +160,16 @@ def test_what_every_arm_imports_asks_no_driver(tmp_path):
         assert Path(f"/proc/{one.process.pid}/cmdline").read_text().split("\0")[2] == "abtest.template"
 
 
-@pytest.mark.parametrize("error", [OSError("no such call"), AttributeError("no such name")])
+@pytest.mark.parametrize("error", [OSError("no such call"), AttributeError("no such name"), None])
 def test_where_the_system_lacks_what_it_takes_nothing_is_forked(error, light, tmp_path, monkeypatch):
     def lacking(pid):
         raise error
 
     assert template.usable()
-    monkeypatch.setattr(os, "pidfd_open", lacking)
+    if error is None:  # as its user knows
+        monkeypatch.setenv("ISOLOSS_FORK", "0")
+    else:
+        monkeypatch.setattr(os, "pidfd_open", lacking)
     monkeypatch.setattr(template, "usable", template.usable.__wrapped__)
     assert not template.usable()
     with arm(tmp_path) as one:
