@@ -17,7 +17,7 @@ OPS: dict[Kind, tuple[str, ...]] = {
         "linear_cross_entropy",
     ),
     "attention": ("packed_attention",),
-    "recurrence": ("ssm_fast_path", "kept_delta_states"),
+    "recurrence": ("ssm_fast_path", "kept_delta_states", "chunk_delta_backward"),
     "elementwise": ("silu_mul", "rms_norm", "gated_rms_norm", "rope_qk_norm", "conv_silu_norm"),
 }  # fmt: skip
 

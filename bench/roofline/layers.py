@@ -95,7 +95,8 @@ def _delta_rule(shape: Shape, setting: Setting) -> list[Part]:
     forward = Work((work.bytes + setting.item * T * d.values) // 3, work.flops // 3)
     return both_ways(
         "delta rule, chunks of 64", "recurrence", shape.layers("delta"), work, forward, (2, 3),
-        "inputs, y and gradients once; states and chunk inverses stay on the chip", ("ssm_fast_path", "kept_delta_states"),
+        "inputs, y and gradients once; states and chunk inverses stay on the chip",
+        ("ssm_fast_path", "kept_delta_states", "chunk_delta_backward"),
     )  # fmt: skip
 
 
