@@ -16,7 +16,8 @@ A [C, C], the inverse of the chunk's unit triangular matrix:
     dg += rows(X k beta 2^g) + rows(E) - columns(E),  E = D (k k^T) beta_i
     dg is summed from the chunk's end
 
-Nothing of it goes through memory in between: dw, two parts of dk and of dg.
+dw and the parts of dg never leave the chip. The first part of dk does, within its program: it is stored where dk goes and
+taken back at the end, since registers are too few to hold it meanwhile.
 """
 
 from __future__ import annotations
