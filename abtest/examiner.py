@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +31,21 @@ from loop.run import Run
 from loop.training import accumulate, build
 
 CENSUS_OPERATORS = 8  # new operators that are bent one by one
+PATIENCE = 60  # seconds for which an arm waits for memory: longer than a noise replica takes
+
+
+def patiently(work: Callable[[], Any], release: Callable[[], None], seconds: float = PATIENCE) -> Any:
+    """What `work` returns; for so long it is done over where device memory is short, since the arms beside this one give
+    theirs back between their runs. release: gives back what this process does not need."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if time.monotonic() > until:
+                raise
+        release()  # not in the handler, which holds what was kept
+        time.sleep(min(1, seconds / 10))
 
 
 class Examiner:
@@ -35,12 +53,16 @@ class Examiner:
     `_release`, `_make`, `_let_go`, `_switch_on` and `step`."""
 
     def _measure(self, probe: Probe, truth: str, distances: Distances, marks: list) -> None:
+        losses, gradients, exact = patiently(lambda: self._beside(probe, truth), self._release)
+        marks.append((fp.fingerprint(gradients), losses))
+        distances.add(gradients, exact)
+        self.run.optimizer.zero_grad()
+
+    def _beside(self, probe: Probe, truth: str) -> tuple[list[float], dict, dict]:
+        """Losses and gradients of a probe, and the oracle's gradients."""
         self.run.optimizer.zero_grad()
         losses = accumulate(self.run, list(probe), supervised(probe))
-        gradients = self.run.optimizer.gradients()
-        marks.append((fp.fingerprint(gradients), losses))
-        distances.add(gradients, kept(load_file(truth, device=str(self.run.device))))
-        self.run.optimizer.zero_grad()
+        return losses, self.run.optimizer.gradients(), kept(load_file(truth, device=str(self.run.device)))
 
     def structure(self, weights: str, state: str, indexes: list[int], count: int, seed: int, repeats: int) -> dict:
         """Check 5 at these weights, on the probes named."""

@@ -112,6 +112,7 @@ class Experiment:
         self.gradients_known: dict[str, Future[dict]] = {state: Future() for state in self.states}
         self.seeds = deque(range(settings.replicas))  # of replicas that nobody has begun
         self.kicked: dict[int, list[float]] = {}  # their losses
+        self.filled = False  # whether one process for replicas fills the device, once there is room for what it keeps
         self.reference_arm = self._arm(ArmSpec("stock", config, base), ahead_of_others=hurried)
         self.truths = Truths(
             lambda: self._arm(ArmSpec("oracle", config, exact=True), ahead_of_others=True),
@@ -254,10 +255,11 @@ class Experiment:
 
     def _more_replicas(self) -> None:
         """A second process for them, once there is memory for it and if it is worth its start: one that launches small
-        kernels does not fill a GPU. Should it end for want of memory, what it had begun is left to the first."""
+        kernels does not fill a GPU. Not beside one that recomputes nothing: that needs the memory, and no launch of its own
+        waits for a second pass. Should it end for want of memory, what it had begun is left to the first."""
         self.exact_through.wait()
         self.reference_through.wait()
-        if len(self.seeds) > 1:
+        if len(self.seeds) > 1 and not (self.filled and self._room()):
             with suppress(ArmFailed):
                 self._replicas("more replicas")
 
@@ -287,7 +289,9 @@ class Experiment:
 
     def _replica(self, arm: Arm, seed: int, kept: bool) -> list[float]:
         step = self._step(arm.spec.name, f"noise floor {seed + 1}")
-        return arm.call("replica", step, steps=self.settings.steps, resync=self.resync, seed=seed, kept=kept)["loss"]
+        answer = arm.call("replica", step, steps=self.settings.steps, resync=self.resync, seed=seed, kept=kept)
+        self.filled = answer["roomy"]
+        return answer["loss"]
 
     # An arm's evidence
 

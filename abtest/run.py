@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from abtest import template
 from abtest.arm import Arm, ArmFailed, ArmSpec
 from abtest.catalogue import find
 from abtest.census import changes
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, here and in the arms
     _check_missing(optimizations, device)
     began = time.monotonic()
+    if device.type == "cuda":
+        template.ahead(environment_of_arms({}))  # it takes seconds until processes may share the GPU
     with (
         tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
         shared_gpu(device.type == "cuda" and command.gate.parallel > 1) as variables,

@@ -104,7 +104,7 @@ def forked(environment: Mapping[str, str], log: int) -> Forked:
     read, stdin = os.pipe()
     stdout, write = os.pipe()
     request, given = json.dumps(dict(environment)).encode(), [theirs.fileno(), read, write, log]
-    key = (sys.executable, *sorted(item for item in environment.items() if item[0] not in ANOTHER_EACH_TIME))
+    key = _key(environment)
     with _one_at_a_time:
         try:
             if key not in _templates:
@@ -117,6 +117,18 @@ def forked(environment: Mapping[str, str], log: int) -> Forked:
     os.close(read)
     os.close(write)
     return Forked(ours, stdin, stdout)
+
+
+def ahead(environment: Mapping[str, str]) -> None:
+    """Starts the template of arms in `environment`, which imports while whoever asks does something else."""
+    if usable():
+        with _one_at_a_time:
+            if _key(environment) not in _templates:
+                _templates[_key(environment)] = _start(environment, subprocess.DEVNULL)
+
+
+def _key(environment: Mapping[str, str]) -> tuple:
+    return (sys.executable, *sorted(item for item in environment.items() if item[0] not in ANOTHER_EACH_TIME))
 
 
 def _start(environment: Mapping[str, str], log: int) -> socket.socket:

@@ -46,8 +46,8 @@ from loop.training import build, switch_on
 # Probes on which the reference's packed path is compared with unpacked documents: several at the two states where a leak
 # shows most and where it costs least, elsewhere the one with the most boundaries.
 PACKED_PROBES, TRICKY = 4, 1
-# So many times what it takes with recomputation: 2.5 of them without; reference, repeat, candidate and a second process for
-# replicas take one each, the candidate a second run for its update, and all of them weights while they rest.
+# So many times what it takes with recomputation: 2.5 of them without; repeat and candidate take one each, the candidate a
+# second run for its update, all of them, and the reference, weights while they rest, and what the allocator can't fill.
 ROOM = 6
 AHEAD = ("peft", "transformers")  # what every arm imports, and takes its time
 
@@ -177,15 +177,17 @@ class Worker(Examiner, Stopwatch):
             self._release()
         if not kept and self.run.device.type == "cuda":
             self.recomputing = torch.cuda.max_memory_allocated(self.run.device)
-        return {"loss": loss, "kept": kept}
+        return {"loss": loss, "kept": kept, "roomy": self._large()}
 
     def _roomy(self) -> bool:
-        """Whether the device is so large that the other arms have theirs when this one recomputes nothing. That is known
+        return self.run.device.type == "cpu" or self._large()
+
+    def _large(self) -> bool:
+        """Whether this is a GPU so large that the other arms have theirs when this one recomputes nothing, which is known
         once it has recomputed."""
-        if self.run.device.type == "cpu":
-            return True
-        total = torch.cuda.get_device_properties(self.run.device).total_memory
-        return self.recomputing is not None and total >= ROOM * self.recomputing
+        if self.run.device.type == "cpu" or self.recomputing is None:
+            return False
+        return torch.cuda.get_device_properties(self.run.device).total_memory >= ROOM * self.recomputing
 
     def save_weights(self, path: str) -> dict:
         """Writes the weights as they are as a state."""

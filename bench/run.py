@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from abtest import template
 from abtest.command import gate_config
 from abtest.environment import describe
 from abtest.experiment import Experiment
@@ -102,6 +103,8 @@ def _measure(
     nobody else launches any while a block is timed. An arm launches only what a command asks for, the clock asks one arm at
     a time, and all gating is over by then or has not begun. In every run the repeat's ratio shows what that is worth.
     """
+    if device.type == "cuda":
+        template.ahead(environment_of_arms({}))  # it imports while the GPU is measured
     ceilings = measure_ceilings(device)
     config = gate_config(command, command.gate)
     with (

@@ -323,6 +323,22 @@ def test_a_second_process_for_replicas_is_not_worth_its_start_at_the_end(unmanne
 
 
 @pytest.mark.parametrize(
+    ("roomy", "hungry", "started"), [(True, False, False), (True, True, True), (False, False, True), (False, True, True)]
+)
+def test_beside_replicas_that_recompute_nothing_there_is_no_second_process(roomy, hungry, started, unmanned, monkeypatch):
+    """It would take the memory that the candidate's gradients need, and the device is full."""
+    arm = MagicMock(call=MagicMock(return_value={"loss": [1.0], "kept": False, "roomy": roomy}))
+    assert unmanned._replica(arm, 0, kept=False) == [1.0]
+    monkeypatch.setattr(unmanned, "_replicas", MagicMock())
+    for through in (unmanned.trained, unmanned.exact_through, unmanned.reference_through):
+        through.set()
+    unmanned.hungry = hungry
+    unmanned.seeds.extend(range(4))
+    unmanned._more_replicas()
+    assert unmanned._replicas.called is started
+
+
+@pytest.mark.parametrize(
     ("part", "failing"), [("_repeat", "_free_run"), ("_reference_evidence", "_train"), ("_reference_evidence", "_evidence")]
 )
 def test_an_arm_beside_a_reference_that_ends_is_told_so(part, failing, unmanned, monkeypatch):

@@ -74,5 +74,6 @@ def test_a_gpu_is_roomy_if_the_others_have_theirs_besides(recomputing, expected,
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
     monkeypatch.setattr(asked, "recomputing", recomputing)
     assert asked._roomy()
+    assert not asked._large(), "a second process is worth its start where there is no GPU to fill"
     monkeypatch.setattr(asked, "run", SimpleNamespace(device=torch.device("cuda")))
-    assert asked._roomy() is expected
+    assert asked._roomy() is asked._large() is expected

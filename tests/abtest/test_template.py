@@ -88,6 +88,22 @@ def test_arms_of_an_environment_are_forked_by_one_template(tmp_path):
     assert not Path(f"/proc/{one.process.pid}").exists()
 
 
+def test_a_template_that_was_started_ahead_is_the_one(light, tmp_path, monkeypatch):
+    started, original = [], template._start
+    monkeypatch.setattr(template, "_start", lambda *arguments: started.append(arguments) or original(*arguments))
+    template.ahead(ENVIRONMENT)
+    template.ahead(ENVIRONMENT)
+    with arm(tmp_path, CUDA_MPS_PIPE_DIRECTORY="there") as one:
+        assert one.build() == {"asked": "build"}
+    assert len(started) == 1 and one.process.returncode == 0
+
+
+def test_where_nothing_can_be_forked_nothing_is_started_ahead(monkeypatch):
+    monkeypatch.setattr(template, "usable", lambda: False)
+    monkeypatch.setattr(template, "_start", None)
+    template.ahead(ENVIRONMENT)
+
+
 def test_another_environment_has_a_template_of_its_own(light, tmp_path):
     with arm(tmp_path) as one, arm(tmp_path, "other") as other:
         with arm(tmp_path, "third", ELSE="1") as third:
