@@ -18,8 +18,8 @@ from fla_pieces import CALLS, PACK, inputs, loaded
 from torch import Tensor, nn
 
 from abtest.oracle import recurrence
-from kernels.chunk_delta_backward import OPTIMIZATION, patch
-from kernels.chunk_delta_backward.within import chunk_backward
+from negative_results.chunk_delta_backward import OPTIMIZATION, patch
+from negative_results.chunk_delta_backward.within import chunk_backward
 from kernels.kept_delta_states import OPTIMIZATION as KEPT
 from loop.delta_net import PackedDeltaNet
 
@@ -174,8 +174,8 @@ def test_the_recurrence_here_is_the_oracles():
 
 @pytest.fixture
 def kernel(monkeypatch) -> Iterator[ModuleType]:
-    modules = ("ssm_fast_path", "kept_delta_states", "chunk_delta_backward")
-    with loaded(monkeypatch, *(f"kernels.{name}.kernel" for name in modules)) as module:
+    folders = ("kernels.ssm_fast_path", "kernels.kept_delta_states", "negative_results.chunk_delta_backward")
+    with loaded(monkeypatch, *(f"{folder}.kernel" for folder in folders)) as module:
         yield module
 
 
