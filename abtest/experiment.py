@@ -67,6 +67,18 @@ def _settled(awaited: Iterable[Future]) -> Iterator[None]:
                 one.set_exception(ArmFailed("the reference ended before it was through"))
 
 
+def _then(event: threading.Event, task: Callable[[], Any]) -> Callable[[], Any]:
+    """The task, which sets the event however it ends."""
+
+    def told() -> Any:
+        try:
+            return task()
+        finally:
+            event.set()
+
+    return told
+
+
 @dataclass(frozen=True)
 class _Collected:
     """What an arm reported, perhaps before the reference was through; `error` ended it early."""
@@ -107,12 +119,14 @@ class Experiment:
         self.trained, self.memorised_by_heart, self.exact_through, self.reference_through = (
             threading.Event() for _ in range(4)
         )
+        self.repeat_through, self.first_through = threading.Event(), threading.Event()
         # What an arm beside the reference has to know of it: its census, and its gradients by state.
         self.work_known: Future[dict] = Future()
         self.gradients_known: dict[str, Future[dict]] = {state: Future() for state in self.states}
         self.seeds = deque(range(settings.replicas))  # of replicas that nobody has begun
         self.kicked: dict[int, list[float]] = {}  # their losses
-        self.filled = False  # whether one process for replicas fills the device, once there is room for what it keeps
+        self.two = False  # whether a second process for replicas has begun
+        self.large = False  # whether the device is so large that one process for replicas need not recompute
         self.reference_arm = self._arm(ArmSpec("stock", config, base), ahead_of_others=hurried)
         self.truths = Truths(
             lambda: self._arm(ArmSpec("oracle", config, exact=True), ahead_of_others=True),
@@ -185,10 +199,11 @@ class Experiment:
             }
         reference.call("save_weights", path=self.weights[self.states[0]])
         beside = first is not None and self.settings.parallel > 1 and not self.crowded
-        tasks = [lambda: self._reference_evidence(build), self._exact, self._replicas, lambda: self._repeat(again, timed)]
+        repeat = _then(self.repeat_through, lambda: self._repeat(again, timed))
+        tasks = [lambda: self._reference_evidence(build), self._exact, self._replicas, repeat]
         self.hungry = beside and not HUNGRY.isdisjoint(first.optimizations)
         if beside:
-            tasks += [lambda: self._collect_early(first, traced), self._more_replicas]
+            tasks += [_then(self.first_through, lambda: self._collect_early(first, traced)), self._more_replicas]
         reference, _, _, gradients, *_ = self._together(*tasks)
         if self.seeds:  # the process that had begun it ended for want of memory, and the other was through by then
             self._replicas()
@@ -255,11 +270,15 @@ class Experiment:
 
     def _more_replicas(self) -> None:
         """A second process for them, once there is memory for it and if it is worth its start: one that launches small
-        kernels does not fill a GPU. Not beside one that recomputes nothing: that needs the memory, and no launch of its own
-        waits for a second pass. Should it end for want of memory, what it had begun is left to the first."""
+        kernels does not fill a GPU. Beside one that recomputes nothing that is when repeat and candidate are through. What it
+        had begun when it ends for want of memory is left to the first."""
         self.exact_through.wait()
         self.reference_through.wait()
-        if len(self.seeds) > 1 and not (self.filled and self._room()):
+        if self.large and self._room():
+            self.repeat_through.wait()
+            self.first_through.wait()
+        if len(self.seeds) > 1:
+            self.two = True
             with suppress(ArmFailed):
                 self._replicas("more replicas")
 
@@ -283,14 +302,16 @@ class Experiment:
                     raise
 
     def _room(self) -> bool:
-        """Whether those who take most are through, and the others take no more than stock does."""
-        through = self.exact_through.is_set() and self.reference_through.is_set()
+        """Whether those who take most are through, and the others take no more than stock does, or are through as well if
+        there are two processes for replicas."""
+        others = (self.repeat_through, self.first_through) if self.two else ()
+        through = all(event.is_set() for event in (self.exact_through, self.reference_through, *others))
         return through and not (self.crowded or self.hungry)
 
     def _replica(self, arm: Arm, seed: int, kept: bool) -> list[float]:
         step = self._step(arm.spec.name, f"noise floor {seed + 1}")
         answer = arm.call("replica", step, steps=self.settings.steps, resync=self.resync, seed=seed, kept=kept)
-        self.filled = answer["roomy"]
+        self.large = self.large or answer["roomy"]
         return answer["loss"]
 
     # An arm's evidence

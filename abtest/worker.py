@@ -46,8 +46,8 @@ from loop.training import build, switch_on
 # Probes on which the reference's packed path is compared with unpacked documents: several at the two states where a leak
 # shows most and where it costs least, elsewhere the one with the most boundaries.
 PACKED_PROBES, TRICKY = 4, 1
-# So many times what it takes with recomputation: 2.5 of them without; repeat and candidate take one each, the candidate a
-# second run for its update, all of them, and the reference, weights while they rest, and what the allocator can't fill.
+# So many times what it takes with recomputation: 3.3 of them without (68 GiB at 2B, as measured); repeat and candidate take
+# one each, and all of them, and the reference, weights while they rest.
 ROOM = 6
 AHEAD = ("peft", "transformers")  # what every arm imports, and takes its time
 

@@ -323,10 +323,10 @@ def test_a_second_process_for_replicas_is_not_worth_its_start_at_the_end(unmanne
 
 
 @pytest.mark.parametrize(
-    ("roomy", "hungry", "started"), [(True, False, False), (True, True, True), (False, False, True), (False, True, True)]
+    ("roomy", "hungry", "waits"), [(True, False, True), (True, True, False), (False, False, False), (False, True, False)]
 )
-def test_beside_replicas_that_recompute_nothing_there_is_no_second_process(roomy, hungry, started, unmanned, monkeypatch):
-    """It would take the memory that the candidate's gradients need, and the device is full."""
+def test_a_second_process_for_replicas_waits_for_memory_that_the_first_takes(roomy, hungry, waits, unmanned, monkeypatch):
+    """One that recomputes nothing takes what is left beside repeat and candidate."""
     arm = MagicMock(call=MagicMock(return_value={"loss": [1.0], "kept": False, "roomy": roomy}))
     assert unmanned._replica(arm, 0, kept=False) == [1.0]
     monkeypatch.setattr(unmanned, "_replicas", MagicMock())
@@ -334,8 +334,60 @@ def test_beside_replicas_that_recompute_nothing_there_is_no_second_process(roomy
         through.set()
     unmanned.hungry = hungry
     unmanned.seeds.extend(range(4))
+    second = threading.Thread(target=unmanned._more_replicas)
+    second.start()
+    second.join(0.2)
+    unmanned.repeat_through.set()
+    second.join(0.2)
+    assert second.is_alive() is waits and unmanned._replicas.called is not waits
+    unmanned.first_through.set()
+    second.join(10)
+    assert unmanned._replicas.called and not second.is_alive()
+
+
+def test_beside_a_second_process_the_first_recomputes_until_the_others_are_through(unmanned, monkeypatch):
+    """A second one that began before anybody knew how large the device is."""
+    monkeypatch.setattr(unmanned, "_replicas", MagicMock())
+    for through in (unmanned.exact_through, unmanned.reference_through):
+        through.set()
+    assert unmanned._room()
+    unmanned.seeds.extend(range(4))
     unmanned._more_replicas()
-    assert unmanned._replicas.called is started
+    assert not unmanned._room()
+    unmanned.repeat_through.set()
+    assert not unmanned._room()
+    unmanned.first_through.set()
+    assert unmanned._room()
+
+
+@pytest.mark.parametrize("failing", [None, "_repeat", "_collect_early"])
+def test_whoever_waits_for_repeat_and_candidate_goes_on_however_they_end(failing, unmanned, monkeypatch):
+    def ends(*arguments, **named):
+        raise ArmFailed("out of memory")
+
+    def more():
+        waited.append(unmanned.repeat_through.wait(10) and unmanned.first_through.wait(10))
+
+    def reference(build):
+        unmanned.trained.set()
+        unmanned.reference_through.set()
+        return Evidence(build, {"loss": [1.0]})
+
+    waited = []
+    monkeypatch.setattr(unmanned, "_replicas", lambda name="replicas": unmanned.kicked.update({0: [1.0], 1: [1.1]}))
+    monkeypatch.setattr(unmanned, "_exact", lambda: unmanned.exact_through.set())
+    monkeypatch.setattr(unmanned, "_repeat", lambda build, timed: {})
+    monkeypatch.setattr(unmanned, "_collect_early", lambda spec, traced: None)
+    monkeypatch.setattr(unmanned, "_more_replicas", more)
+    monkeypatch.setattr(unmanned, "_reference_evidence", reference)
+    unmanned.seeds.clear()
+    if failing is None:
+        unmanned.prepare(FIRST)
+    else:
+        monkeypatch.setattr(unmanned, failing, ends)
+        with pytest.raises(ArmFailed, match="out of memory"):
+            unmanned.prepare(FIRST)
+    assert waited == [True]
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from fla_pieces import CALLS, PACK, inputs, loaded
 from torch import Tensor, nn
 
 from abtest.oracle import recurrence
-from negative_results.chunk_delta_backward import OPTIMIZATION, patch
-from negative_results.chunk_delta_backward.within import chunk_backward
 from kernels.kept_delta_states import OPTIMIZATION as KEPT
 from loop.delta_net import PackedDeltaNet
+from negative_results.chunk_delta_backward import OPTIMIZATION, patch
+from negative_results.chunk_delta_backward.within import chunk_backward
 
 C = 64
 NAMES = ("dq", "dk", "dv", "dg", "dbeta")
