@@ -270,8 +270,8 @@ class Experiment:
 
     def _more_replicas(self) -> None:
         """A second process for them, once there is memory for it and if it is worth its start: one that launches small
-        kernels does not fill a GPU. Beside one that recomputes nothing that is when repeat and candidate are through. What it
-        had begun when it ends for want of memory is left to the first."""
+        kernels does not fill a GPU. Beside one that recomputes nothing that is when repeat and candidate are through. What
+        it had begun when it ends for want of memory is left to the first."""
         self.exact_through.wait()
         self.reference_through.wait()
         if self.large and self._room():
