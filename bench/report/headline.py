@@ -172,5 +172,6 @@ def _row(pair: Pair, entry: dict[str, Any]) -> tuple[str, ...]:
 
 def _verdict(pair: Pair) -> str:
     verdict = pair.peer.verdict
-    where = f"on {prose(pair.device)}, {prose(pair.trained.model)}"
-    return f"- {code(pair.peer.arm)} {where} is not lossless. {verdict.level.value}: {prose(verdict.reason)}"
+    setting = (pair.device, pair.trained.model, pair.trained.method)
+    where = f"{', '.join(prose(part) for part in setting if part)}, {percent(pair.supervised_fraction)} supervised"
+    return f"- {code(pair.peer.arm)} on {where}, is not lossless. {verdict.level.value}: {prose(verdict.reason)}"

@@ -99,7 +99,9 @@ def test_the_fastest_peer_counts_whatever_its_verdict():
     assert pair.peer is leaks and pair.ratio == pytest.approx(4 / 3)
     table = headline.markdown([pair])
     assert "| `leaks` (FAILED) |" in table
-    assert "- `leaks` on Example GPU X1, qwen3.5-2b is not lossless. FAILED: largest loss difference 2.1 sigma" in table
+    supervised = pair.entry()["supervised_fraction"]
+    where = f"Example GPU X1, qwen3.5-2b, lora, {100 * supervised:.1f} % supervised"
+    assert f"- `leaks` on {where}, is not lossless. FAILED: largest loss difference 2.1 sigma" in table
     assert "not lossless" not in headline.markdown(found(stock(), shipped(), peer()))
 
 
