@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,21 +16,19 @@ from typing import Any
 
 from abtest import gate, states, trace
 from abtest.arm import Arm, ArmFailed, ArmSpec
-from abtest.census import changes
 from abtest.evidence import Evidence, noise_floor
 from abtest.gradients import Comparison, compare
 from abtest.mps import behind_others
+from abtest.questions import Questions
+from abtest.replicas import Replicas
 from abtest.settings import GateConfig, OnProgress
-from abtest.tripwire import read_distances, read_tripwire
+from abtest.tripwire import read_distances
 from abtest.truths import Truths
 from abtest.verdict import Level, Verdict
 from kernels.contract import Exactness
 from loop.config import Config
-from loop.model import resolve_device
 
 RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm, and several fill a GPU: arms take turns
-TRIPWIRE_PROBES = 3
-STRUCTURE_PROBES = (0, 1, 2)  # a real pack, a tricky one, two rows
 UNCHECKPOINTED = "keep_activations"
 # A candidate with one of these takes several times the reference's memory, and replicas leave it theirs.
 HUNGRY = {UNCHECKPOINTED, "cuda_graphs"}
@@ -89,7 +87,7 @@ class _Collected:
     seconds: float
 
 
-class Experiment:
+class Experiment(Questions, Replicas):
     """Use as a context manager. `prepare()` first, then `gate_arm` for every arm.
 
     folder: scratch space for weights and row sums. environment: of the arms' processes. on_progress(arm, phase, done,
@@ -249,71 +247,6 @@ class Experiment:
         finally:
             self.exact_through.set()
 
-    def _train(self) -> dict:
-        """The reference's free run, which leaves its weights at three states."""
-        _, slow, late, _ = self.states
-        steps = self.settings.steps
-        at = {str(steps // 3): self.weights[slow], str(steps - 1): self.weights[late]}
-        return self.reference_arm.call(
-            "free_run",
-            self._step("stock", "training"),
-            steps=steps,
-            states_to=at,
-            slow=str(steps // 3),
-            resync_to=self.resync,
-        )
-
-    def _free_run(self, arm: Arm, phase: str = "training", resync: dict[str, str] | None = None, **arguments: Any) -> dict:
-        step = self._step(arm.spec.name, phase)
-        resync = self.resync if resync is None else resync
-        return arm.call("free_run", step, steps=self.settings.steps, resync=resync, **arguments)
-
-    def _more_replicas(self) -> None:
-        """A second process for them, once there is memory for it and if it is worth its start: one that launches small
-        kernels does not fill a GPU. Beside one that recomputes nothing that is when repeat and candidate are through. What
-        it had begun when it ends for want of memory is left to the first."""
-        self.exact_through.wait()
-        self.reference_through.wait()
-        if self.large and self._room():
-            self.repeat_through.wait()
-            self.first_through.wait()
-        if len(self.seeds) > 1:
-            self.two = True
-            with suppress(ArmFailed):
-                self._replicas("more replicas")
-
-    def _replicas(self, name: str = "replicas") -> None:
-        """Kicked references, in a process of their own, until none is left. Recomputing takes a quarter of their time and
-        spares memory: where oracle and reference have left theirs, the first process recomputes nothing."""
-        cpu, first = resolve_device(self.config)[0].type == "cpu", name == "replicas"
-        with self._arm(ArmSpec(name, self.config, self.base)) as arm:
-            arm.build()
-            arm.call("remember")
-            self.trained.wait()
-            while self.seeds:
-                try:
-                    seed = self.seeds.popleft()
-                except IndexError:  # the other process was faster
-                    return
-                try:
-                    self.kicked[seed] = self._replica(arm, seed, kept=cpu or (first and self._room()))
-                except ArmFailed:
-                    self.seeds.append(seed)
-                    raise
-
-    def _room(self) -> bool:
-        """Whether those who take most are through, and the others take no more than stock does, or are through as well if
-        there are two processes for replicas."""
-        others = (self.repeat_through, self.first_through) if self.two else ()
-        through = all(event.is_set() for event in (self.exact_through, self.reference_through, *others))
-        return through and not (self.crowded or self.hungry)
-
-    def _replica(self, arm: Arm, seed: int, kept: bool) -> list[float]:
-        step = self._step(arm.spec.name, f"noise floor {seed + 1}")
-        answer = arm.call("replica", step, steps=self.settings.steps, resync=self.resync, seed=seed, kept=kept)
-        self.large = self.large or answer["roomy"]
-        return answer["loss"]
-
     # An arm's evidence
 
     def _reference_evidence(self, build: dict) -> Evidence:
@@ -333,47 +266,6 @@ class Experiment:
             if self.traced:
                 self._trace(self.reference_arm)
         return evidence
-
-    def _evidence(self, arm: Arm, build: dict, run: dict, candidate: bool) -> Evidence:
-        """All but the tripwire, and but for the reference's gradients, which its repeat is asked for. What needs no oracle
-        comes first, while that one is at work."""
-        slow = self.truths.at(self.states[1])
-        repeats = self.settings.repeats if candidate else 3
-        step = self._step(arm.spec.name, "structure")
-        findings = arm.call("structure", step, **slow, indexes=list(STRUCTURE_PROBES), repeats=repeats)["findings"]
-        work = arm.call("work", **slow, index=1)
-        update = arm.call("update", **slow, alone=self.crowded)
-        findings += update.pop("findings")
-        gradients = {state: self._gradients(arm, state) for state in self.states} if candidate else {}
-        return Evidence(build, run, gradients, findings, update, work, None, arm.call("autotuned"))
-
-    def _gradients(self, arm: Arm, state: str) -> dict:
-        if state == states.OVERFIT:
-            self.memorised_by_heart.wait()
-        for index in range(self.settings.probes):
-            arm.call("gradients", **self.truths.at(state), index=index, truth=self.truths.get(state, index))
-            self.on_progress(arm.spec.name, f"gradients, {state}", index + 1, self.settings.probes)
-        return arm.call("distances", state=state, rows=self._rows(arm, state))
-
-    def _rows(self, arm: Arm, state: str) -> str:
-        return str(self.folder / f"rows-{arm.spec.name.replace('/', '-')}-{self.states.index(state)}.safetensors")
-
-    def _tripwire(self, arm: Arm, work: dict) -> dict[str, Any]:
-        """Bends the arm's own parts, and says whether a gate over those gradients turns red."""
-        state = self.states[1]
-        truths = {str(index): self.truths.get(state, index) for index in range(min(TRIPWIRE_PROBES, self.settings.probes))}
-        own = [name for name in changes(self.work_known.result(), work).new_names if not name.startswith(("aten::", "prim"))]
-        answer = arm.call(
-            "tripwire", **self.truths.at(state), truths=truths, new_operators=own, rows=self._rows(arm, state) + ".bent"
-        )
-        return read_tripwire(state, self.gradients_known[state].result(), answer, self.reference_arm.built["elements"])
-
-    def _trace(self, arm: Arm) -> Path:
-        """Where the arm's trace is, once it has been asked for one."""
-        path = self.folder / f"trace-{arm.spec.name}.safetensors"
-        if not path.exists():
-            arm.call("trace", **self.truths.at(self.states[2]), index=0, path=str(path))
-        return path
 
     # Verdicts
 

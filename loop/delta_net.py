@@ -96,17 +96,29 @@ class QkvMixer(nn.Module):
     """
 
 
+class DecayGates(nn.Module):
+    """What a gated-delta layer makes of its projections a and b; something else may stand in its place."""
+
+    def forward(
+        self, a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """a, b [..., value heads], A_log, dt_bias [value heads] -> beta like b, and g, the log decay, in fp32 like a."""
+        return b.sigmoid(), -A_log.float().exp() * F.softplus(a.float() + dt_bias)
+
+
 class PackedDeltaNet(nn.Module):
     """Stands in for `Qwen3_5GatedDeltaNet`: same submodules, same parameter names, same arithmetic, documents apart.
 
-    A subclass may replace `convolve` and `delta_rule`, and a `QkvMixer` the module `conv1d`, under either of them; the
-    flattened [1, B * L] layout makes documents contiguous.
+    A subclass may replace `convolve` and `delta_rule`, a `QkvMixer` the module `conv1d`, and another module `gates`, under
+    either of them; the flattened [1, B * L] layout makes documents contiguous.
     """
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         # torch's bookkeeping (parameters, buffers, submodules) and plain attributes (dimensions) alike: names stay.
         self.__dict__.update(original.__dict__)
+        if "gates" not in self._modules:  # else it is made of another PackedDeltaNet
+            self.gates = DecayGates()
 
     def forward(self, hidden_states: torch.Tensor, pack: Pack | None = None, **_: object) -> torch.Tensor:
         """hidden_states [B, L, D] -> [B, L, D]. Without `pack`, every row is one document."""
@@ -116,8 +128,8 @@ class PackedDeltaNet(nn.Module):
         flat = hidden_states.reshape(1, B * L, D)
 
         q, k, v = self.mix(self.in_proj_qkv(flat), pack)
-        beta = self.in_proj_b(flat).sigmoid()
-        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(flat).float() + self.dt_bias)
+        b, a = self.in_proj_b(flat), self.in_proj_a(flat)
+        beta, g = self.gates(a, b, self.A_log, self.dt_bias)
 
         out = self.delta_rule(q, k, v, g, beta, pack)  # [1, B*L, value heads, head_v_dim]
         z = self.in_proj_z(flat).reshape(-1, self.head_v_dim)

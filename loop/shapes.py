@@ -3,7 +3,8 @@
 The Qwen3 and Qwen3.5 sizes are the text models' published configurations; the tiny ones keep their structure (of Qwen3.5
 three gated-delta layers to one of full attention, grouped query heads, rope on a quarter) at a size that two CPU cores
 train in seconds. The shallow ones have two layers, one of either kind where there are two, for tests of the gate and for
-Triton's interpreter.
+Triton's interpreter; in the turned one attention comes first, so that the gated-delta layer's input gets a gradient that
+something below it trains on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5-tiny": ("qwen3_5_text", _TINY | _TINY_DELTA),
     "qwen3.5-shallow-tiny": ("qwen3_5_text", _TINY | _TINY_DELTA | {
         "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}),
+    "qwen3.5-turned-tiny": ("qwen3_5_text", _TINY | _TINY_DELTA | {
+        "num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]}),
     "qwen3.5-0.8b": ("qwen3_5_text", _QWEN35 | {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24,
                                                 "num_attention_heads": 8, "num_key_value_heads": 2}),
     "qwen3.5-2b": ("qwen3_5_text", _QWEN35 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24,

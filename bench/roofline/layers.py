@@ -83,7 +83,7 @@ def _decay(shape: Shape, setting: Setting) -> list[Part]:
     work = Work(forward.bytes + backward.bytes, forward.flops + backward.flops)
     return both_ways(
         "decay and beta", "elementwise", shape.layers("delta"), work, forward, (1, 1 + setting.trained),
-        "a, b, g, beta and gradients once; g is fp32",
+        "a, b, g, beta and gradients once; g is fp32", ("decay_gates",),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from tiny import CONFIG as TINY
 
 from abtest import experiment as experiment_module
-from abtest import sensitivity
+from abtest import replicas, sensitivity
 from abtest.arm import ArmFailed, ArmSpec
 from abtest.evidence import Evidence
 from abtest.experiment import Experiment
@@ -208,7 +208,7 @@ def test_replicas_recompute_nothing_where_memory_is_not_scarce(device, process, 
     """On a CPU; and on a GPU the first process, once oracle and reference have left theirs."""
     asked = []
     monkeypatch.setattr(unmanned, "_replica", lambda arm, seed, kept: asked.append(kept) or [1.0])
-    monkeypatch.setattr(experiment_module, "resolve_device", lambda config: (torch.device(device), torch.float32))
+    monkeypatch.setattr(replicas, "resolve_device", lambda config: (torch.device(device), torch.float32))
     for name in ("trained", *through):
         getattr(unmanned, name).set()
     if obstacle is not None:

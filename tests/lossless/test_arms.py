@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = GateConfig(parallel=2)  # everything else as the command has it: fewer steps or probes would be another gate
 CONFIG = gate_config(
     Config(
-        model="qwen3.5-tiny" if DEVICE.type == "cuda" else "qwen3.5-shallow-tiny",
+        model="qwen3.5-tiny" if DEVICE.type == "cuda" else "qwen3.5-turned-tiny",
         device=DEVICE.type,
         dtype="bfloat16" if DEVICE.type == "cuda" else "float32",
         gradient_checkpointing=True,
