@@ -77,10 +77,9 @@ def _convolution(shape: Shape, setting: Setting) -> list[Part]:
 
 def _decay(shape: Shape, setting: Setting) -> list[Part]:
     """g = -exp(A) softplus(a + dt) in fp32 and beta = sigmoid(b): two numbers a value head read, two written."""
-    elements = setting.positions * shape.delta.value_heads
-    item = setting.item
-    forward, backward = Work(elements * (3 * item + 4), 10 * elements), Work(elements * (5 * item + 4), 16 * elements)
-    work = Work(forward.bytes + backward.bytes, forward.flops + backward.flops)
+    T, H = setting.positions, shape.delta.value_heads
+    work = op_work("decay_gates", {"T": T, "H": H, "trained": setting.trained}, setting.dtype)
+    forward = Work(T * H * (3 * setting.item + 4), 10 * T * H)
     return both_ways(
         "decay and beta", "elementwise", shape.layers("delta"), work, forward, (1, 1 + setting.trained),
         "a, b, g, beta and gradients once; g is fp32", ("decay_gates",),

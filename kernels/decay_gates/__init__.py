@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from kernels.contract import Exactness, Needs, Op, Optimization, Workload
 
+from . import patch
 from .reference import decay_gates_reference
-
-if TYPE_CHECKING:
-    from loop.run import Run
 
 WORKLOADS = (
     Workload("2B, pack 5376, frozen", {"T": 5376, "H": 16, "trained": 0}),
@@ -60,18 +56,6 @@ def _flops(workload: Workload) -> int:
     return 26 * workload.shape["T"] * workload.shape["H"]
 
 
-def _eligible(run: Run) -> str | None:
-    from .patch import eligible
-
-    return eligible(run)
-
-
-def _apply(run: Run) -> None:
-    from .patch import apply
-
-    apply(run)
-
-
 OPTIMIZATION = Optimization(
     name="decay_gates",
     summary="sigmoid, softplus and decay of every gated-delta layer in one Triton kernel each way",
@@ -80,8 +64,8 @@ OPTIMIZATION = Optimization(
         "the same formulas in fp32, rounded where PyTorch rounds forward; backward the sigmoid's derivative is taken of the "
         "sigmoid before it is rounded to the compute dtype, and gradients of A_log and dt_bias are sums in another order"
     ),
-    eligible=_eligible,
-    apply=_apply,
+    eligible=patch.eligible,
+    apply=patch.apply,
     op=Op(decay_gates_reference, _candidate, _inputs, WORKLOADS, _bytes_moved, _flops),
     needs=Needs(triton=True),
     source=("Yang, Kautz and Hatamizadeh 2024, Gated Delta Networks, https://arxiv.org/abs/2412.06464",),

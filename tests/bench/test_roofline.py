@@ -101,6 +101,7 @@ OPS = {
     "residual addition, RMSNorm": ("rms_norm", T | {"D": 2048, "zero_centred": 1, "add": 1}),
     "q and k norm, rope": ("rope_qk_norm", T | {"H": 8, "KV": 2, "D": 256, "R": 64}),
     "head and cross-entropy": ("supervised_logits", {"B": 2, "L": 768, "D": 2048, "V": 248_320, "S": 384}),
+    "decay and beta": ("decay_gates", T | {"H": 16}),
     "convolution, SiLU, l2 norm": ("conv_silu_norm", T | {"HK": 16, "K": 128, "V": 2048}),
     "delta rule, chunks of 64": ("ssm_fast_path", T | {"HK": 16, "HV": 16, "K": 128, "V": 128}),
     "attention within documents": ("packed_attention", {"B": 2, "L": 768, "H": 8, "KV": 2, "D": 256}),

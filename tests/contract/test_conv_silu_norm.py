@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from micro_steps import step
 from torch import Tensor, nn
 
 from abtest.opcheck import check_op
@@ -320,13 +321,6 @@ def built(method: str = "full", checkpointing: bool = False, model: str = "qwen3
     settings = {"repeatable_attention": True, "lora": LoraConfig(rank=4, alpha=8.0), "data": DataConfig(pack_length=96)}
     run, dataset = build(Config(model=model, method=method, **where, **settings))
     return run, dataset.micro_batches(0, 1, 1)[0].to(run.device)
-
-
-def step(run: Run, batch) -> dict[str, Tensor]:
-    """Loss and gradients of one micro-step, by name."""
-    run.optimizer.zero_grad()
-    loss = run.micro_step(run, batch, batch.supervised_tokens)
-    return {"loss": loss} | {name: value.clone() for name, value in run.optimizer.gradients().items()}
 
 
 @pytest.mark.parametrize(("method", "checkpointing"), [("full", False), ("lora", True)], ids=["full", "lora"])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from micro_steps import step
 from torch import Tensor, nn
 
 from abtest.opcheck import check_op
@@ -185,12 +186,6 @@ def built(model: str, method: str = "full", checkpointing: bool = False) -> tupl
     settings = {"repeatable_attention": True, "lora": LoraConfig(rank=4, alpha=8.0), "data": DataConfig(pack_length=96)}
     run, dataset = build(Config(model=model, method=method, **where, **settings))
     return run, dataset.micro_batches(0, 1, 1)[0].to(run.device)
-
-
-def step(run: Run, batch) -> dict[str, Tensor]:
-    run.optimizer.zero_grad()
-    loss = run.micro_step(run, batch, batch.supervised_tokens)
-    return {"loss": loss} | {name: value.clone() for name, value in run.optimizer.gradients().items()}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])

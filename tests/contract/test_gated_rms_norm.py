@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from micro_steps import step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -198,13 +199,6 @@ def built(model: str, method: str = "full", checkpointing: bool = False) -> tupl
         for adapter in adapters(run.model) if method == "lora" else ():
             adapter.b.copy_(0.02 * torch.randn(adapter.b.shape, generator=generator))
     return run, dataset.micro_batches(0, 1, 1)[0].to(run.device)
-
-
-def step(run: Run, batch) -> dict[str, Tensor]:
-    """Loss and gradients of one micro-step, by name."""
-    run.optimizer.zero_grad()
-    loss = run.micro_step(run, batch, batch.supervised_tokens)
-    return {"loss": loss} | {name: value.clone() for name, value in run.optimizer.gradients().items()}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])

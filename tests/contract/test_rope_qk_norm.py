@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from micro_steps import step
 from torch import Tensor, nn
 
 from abtest.opcheck import check_op
@@ -248,13 +249,6 @@ def built(model: str, method: str = "full", checkpointing: bool = False) -> tupl
             for norm in (layer.q_norm, layer.k_norm):
                 norm.weight += 0.3 * torch.randn(norm.weight.shape, generator=generator).to(DEVICE)
     return run, dataset.micro_batches(0, 1, 1)[0].to(run.device)
-
-
-def step(run: Run, batch) -> dict[str, Tensor]:
-    """Loss and gradients of one micro-step, by name."""
-    run.optimizer.zero_grad()
-    loss = run.micro_step(run, batch, batch.supervised_tokens)
-    return {"loss": loss} | {name: value.clone() for name, value in run.optimizer.gradients().items()}
 
 
 @pytest.mark.parametrize(("method", "checkpointing"), [("full", False), ("lora", True)], ids=["full", "lora"])
