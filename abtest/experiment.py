@@ -25,6 +25,7 @@ from abtest.settings import GateConfig, OnProgress
 from abtest.tripwire import read_distances
 from abtest.truths import Truths
 from abtest.verdict import Level, Verdict
+from abtest.waiting import Waiting
 from kernels.contract import Exactness
 from loop.config import Config
 
@@ -108,6 +109,7 @@ class Experiment(Questions, Replicas):
         self.crowded = False  # whether every arm's optimizer is so large that only one arm may be at work
         self.hungry = False  # whether the arm that is gated beside the reference takes much memory
         self.spares: deque[Arm] = deque()
+        self.waiting = Waiting()
         self.ahead = 1  # spare processes to keep
         self.repeat_arm: Arm | None = None
         self.seconds: dict[str, float] = {}
@@ -137,6 +139,7 @@ class Experiment(Questions, Replicas):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.waiting.end()
         for spare in self.spares:
             spare.end(0)  # it may still be importing, for nobody
         own = (self.reference_arm, self.repeat_arm, self.truths.arm, *(collected.arm for collected in self.early.values()))
@@ -151,8 +154,16 @@ class Experiment(Questions, Replicas):
         self.repeat_arm.__exit__(None, None, None)
         self.repeat_arm = None
 
+    def begin_ahead(self, spec: ArmSpec) -> None:
+        """Starts the process of an arm whose turn comes later, which gets ready as far as it needs no GPU for that."""
+        self.waiting.begin(spec, lambda spec: Arm(spec, self.folder, behind_others(self.environment)))
+
     def _arm(self, spec: ArmSpec, ahead_of_others: bool = False) -> Arm:
         """An arm's process, and spare ones for those after it: importing takes as long as gating a small model."""
+        arm = self.waiting.take(spec)
+        if arm is not None:
+            arm.seconds = self.calls
+            return arm
         with self.starting:
             behind = behind_others(self.environment)
             if ahead_of_others and behind != self.environment:  # a spare process stands behind

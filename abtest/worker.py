@@ -67,6 +67,10 @@ class Worker(Examiner, Stopwatch):
     def step(self, done: int, total: int) -> None:
         self.event(event="step", step=done, steps=total)
 
+    def ahead(self, config: dict) -> dict:
+        """What `build` will need and what takes neither a GPU nor memory of one, for a process that waits for its turn."""
+        return {}
+
     # Building
 
     def build(self, config: dict, optimizations: list[str], planted: str | None = None, exact: bool = False) -> dict:
@@ -271,8 +275,8 @@ class Worker(Examiner, Stopwatch):
 
 
 COMMANDS = (
-    "build", "remember", "replica", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances", "structure",
-    "update", "work", "tripwire", "trace", "autotuned", "op_checks",
+    "ahead", "build", "remember", "replica", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances",
+    "structure", "update", "work", "tripwire", "trace", "autotuned", "op_checks",
     "prepare_timing", "time_block", "finish_timing",
 )  # fmt: skip
 

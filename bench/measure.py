@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from abtest.arm import Arm, ArmFailed, ArmSpec
@@ -97,6 +97,7 @@ class Bench:
         perf, again = None, None
         if verdict.level.lossless:
             stock, repeat = self.experiment.reference_arm, self.experiment.repeat_arm
+            self.experiment.waiting.quiet()
             perf, again = time_equals(stock, repeat, self.command.timing, self.matmul_rate, self.progress)
         self.experiment.end_repeat()
         paths = evidence.build["paths"]
@@ -106,6 +107,12 @@ class Bench:
             "from 1 does the speed ratio of equal arms come out",
         )  # fmt: skip
         self.keep(repeated, verdict, self.experiment.repeat.losses, again, paths=paths)
+
+    def begin_ahead(self, plans: Iterable[ArmPlan]) -> None:
+        """Has peers that can run here get ready for their turn, while other arms are gated; nothing is timed meanwhile."""
+        for plan in plans:
+            if plan.role == "peer" and plan.missing is None and self.command.gate.parallel > 1:
+                self.experiment.begin_ahead(self._spec(plan))
 
     def gather(self, batch: Sequence[ArmPlan]) -> None:
         """What arms of one batch report, asked of all of them at the same time; each is then judged and timed in its turn,
@@ -190,6 +197,7 @@ class Bench:
     def _time(self, arm: Arm, beside: Experiment | None) -> tuple[Any, str | None]:
         """What the clock gives, or why it gave nothing; the gate's verdict stands either way."""
         stock, time = (beside or self.experiment).reference_arm, time_arms if beside is None else time_equals
+        self.experiment.waiting.quiet()
         try:
             return time(stock, arm, self.command.timing, self.matmul_rate, self.progress), None
         except ArmFailed as error:

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def _arms(
         first = next(mine, None)
         progress.say(f"run {ledger.run_id}: {f'begins with {first[0].name}' if first else 'nothing to measure here'}")
         if first is not None:
-            _measure(command, device, ledger, environment, budget, progress, chain([first], mine))
+            _measure(command, device, ledger, environment, budget, progress, chain([first], mine), todo)
         left = turns.left()
         if left:
             progress.say(f"left: {', '.join(left)}; the same command with --run {ledger.run_id} goes on with them")
@@ -94,9 +94,9 @@ def _arms(
 
 def _measure(
     command: Command, device: torch.device, ledger: Ledger, environment: dict[str, Any], budget: Budget,
-    progress: GateProgress, mine: Iterator[tuple[ArmPlan, ...]],
+    progress: GateProgress, mine: Iterator[tuple[ArmPlan, ...]], todo: Iterable[ArmPlan],
 ) -> None:  # fmt: skip
-    """The reference, and then the batches of arms `mine`, at least one.
+    """The reference, and then the batches of arms `mine`, at least one. todo: all arms without a record.
 
     Arms share the GPU through MPS while they gate, and are timed under it, too. That is fair: both sides of a ratio are
     clients of the same service, whose kernels reach the GPU without passing through it and may use all of the GPU, and
@@ -122,6 +122,7 @@ def _measure(
         facts = facts_of(ledger.run_id, ledger.recipe, environment, ceilings)
         bench = Bench(command, progress, experiment, ceilings, facts, own_experiment)
         first = next(mine)
+        bench.begin_ahead(todo)
         began = time.monotonic()
         bench.reference(first[0])
         budget.note_stock(time.monotonic() - began)

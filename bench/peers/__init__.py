@@ -1,8 +1,9 @@
 """What a user could pick instead, as arms of the same run: the same weights, packs and adapters, somebody else's code.
 
 Each peer is one file here, whose `build(peer, config)` makes a model ready for a step (`bench.peers.ready`), in a process of
-its own (`bench.peers.worker`). Peers are gated as every other arm is, and timed whatever the gate says: what is fast because
-it leaks between documents is what a reader would pick, and has to be beaten all the same. None of them ships.
+its own (`bench.peers.worker`). What of that takes long and no GPU, its `ahead(config)`, if it has one, does before its turn.
+Peers are gated as every other arm is, and timed whatever the gate says: what is fast because it leaks between documents is
+what a reader would pick, and has to be beaten all the same. None of them ships.
 """
 
 from __future__ import annotations

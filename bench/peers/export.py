@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def write(config: Config, folder: Path) -> None:
 
 
 def main() -> None:
+    os.nice(10)  # arms may be at work beside it
     write(from_plain(Config(), json.load(sys.stdin)), Path(sys.argv[1]))
 
 

@@ -32,12 +32,12 @@ from loop.model import resolve_device, trainable
 
 def build(peer: Peer, config: Config) -> Ready:
     """Raises Unavailable where Unsloth would not pack this model, UserError for adapters elsewhere than the run's."""
-    with tempfile.TemporaryDirectory(prefix="isoloss-unsloth-") as folder:
-        export(config, Path(folder))
-        _settle()
-        import unsloth  # noqa: F401  # before transformers, which it patches
-
-        model = _load(peer, config, Path(folder))
+    folder = ahead(config)
+    try:
+        model = _load(peer, config, folder)
+    finally:
+        ahead.cache_clear()
+        shutil.rmtree(folder, ignore_errors=True)
     inner = inside(model)
     took = {
         "attention": str(inner.config._attn_implementation),
@@ -49,6 +49,17 @@ def build(peer: Peer, config: Config) -> Ready:
     autocast = dtype if config.method == "lora" and dtype != torch.float32 else None
     observed = functools.partial(_observed, inner)
     return Ready(inner, model, one_text if peer.wrapped else packed, autocast, took, eager=False, observed=observed)
+
+
+@functools.cache
+def ahead(config: Config) -> Path:
+    """Where the run's weights are written, once for a configuration; Unsloth is imported then, too."""
+    folder = _folder("isoloss-unsloth-")
+    export(config, folder)
+    _settle()
+    import unsloth  # noqa: F401  # before transformers, which it patches
+
+    return folder
 
 
 def packed(batch: PackedBatch) -> dict[str, Any]:
@@ -67,11 +78,16 @@ def inside(model: nn.Module) -> nn.Module:
 
 def _settle() -> None:
     """Unsloth's code goes to a folder that ends with this process, and nothing is asked of the network."""
-    folder = tempfile.mkdtemp(prefix="isoloss-unsloth-code-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["UNSLOTH_COMPILE_LOCATION"] = folder
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(_folder("isoloss-unsloth-code-"))
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _folder(prefix: str) -> Path:
+    """A temporary one, which ends with this process at the latest."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _load(peer: Peer, config: Config, folder: Path) -> nn.Module:

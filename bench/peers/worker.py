@@ -42,6 +42,7 @@ from loop.data import Dataset, load_dataset, load_tokenizer
 from loop.errors import UserError
 from loop.model import checkpoint_folder, cross_entropy_head, resolve_device, trainable
 from loop.optim import MasterAdamW
+from loop.recipe import from_plain
 from loop.run import Run
 
 # What a peer's code raises, written out; it ends the arm with the error's own words.
@@ -76,7 +77,16 @@ class PeerWorker(worker.Worker):
 
     def __init__(self, answers: TextIO, peer: Peer) -> None:
         super().__init__(answers)
-        self.peer, self.as_used = peer, False
+        self.peer, self.as_used, self.seconds = peer, False, 0.0
+        self.code = importlib.import_module(f"bench.peers.{peer.module}")
+
+    def ahead(self, config: dict) -> dict:
+        """What the peer's `ahead(config)` does, where it has one."""
+        began = time.monotonic()
+        with within(LIMIT_S, f"getting {self.peer.name} ready"):
+            getattr(self.code, "ahead", lambda config: None)(from_plain(Config(), config))
+        self.seconds += time.monotonic() - began
+        return {}
 
     def build(self, config: dict, optimizations: list[str], planted: str | None = None, exact: bool = False) -> dict:
         """The peer's run, and its first step, without which it can't be said to run. "refused" holds a reason where the peer
@@ -92,8 +102,8 @@ class PeerWorker(worker.Worker):
 
     def _fresh(self, config: Config) -> tuple[Run, Dataset]:
         began = time.monotonic()
-        self.ready: Ready = importlib.import_module(f"bench.peers.{self.peer.module}").build(self.peer, config)
-        self.seconds = time.monotonic() - began
+        self.ready: Ready = self.code.build(self.peer, config)
+        self.seconds += time.monotonic() - began
         device, dtype = resolve_device(config)
         dataset = load_dataset(config.data, load_tokenizer(checkpoint_folder(config.model), config.data), config.seed)
         optimizer = MasterAdamW(trainable(self.ready.model), config.optim, config.steps)

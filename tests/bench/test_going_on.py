@@ -40,6 +40,7 @@ class World:
     def __init__(self, reports: Path) -> None:
         self.reports, self.now, self.sha, self.dirty = reports, 0.0, "abc1234", False
         self.gated: list[str] = []  # by the last command
+        self.order: list[str] = []  # what was begun and timed, over all commands
         self.first = None  # what its reference was prepared beside
         self.prepared = 0
         self.together: list[list[str]] = []  # what was gated side by side
@@ -70,6 +71,7 @@ class Stage:
         self.world, self.reference, self.repeat, self.sigma = world, EVIDENCE, EVIDENCE, (0.1, 0.1)
         self.reference_arm = self.repeat_arm = None
         self.early: dict = {}
+        self.waiting = SimpleNamespace(quiet=lambda: world.order.append("quiet"))
         world.environment = environment
 
     def __enter__(self) -> Stage:
@@ -78,7 +80,11 @@ class Stage:
     def __exit__(self, *error: object) -> None:
         self.ended = True
 
+    def begin_ahead(self, spec) -> None:
+        self.world.order.append(f"{spec.name} begins")
+
     def prepare(self, first=None, timed: bool = True) -> None:
+        self.world.order.append("stock is prepared")
         self.world.first = first and first.name
         self.world.prepared += 1
         self.world.now += self.world.stock_seconds
@@ -112,8 +118,8 @@ def world(tmp_path, monkeypatch) -> World:
     monkeypatch.setattr(run, "measure_ceilings", lambda device: Ceilings(1.0, 1.0, 1, 1, "float32"))
     monkeypatch.setattr(run, "describe", lambda device: {"device_slug": "box", "git_sha": made.sha, "git_dirty": made.dirty})
     monkeypatch.setattr(run, "render", lambda data, reports: [])
-    monkeypatch.setattr(measure, "time_arms", lambda *given: PERF)
-    monkeypatch.setattr(measure, "time_equals", lambda *given: (PERF, PERF))
+    monkeypatch.setattr(measure, "time_arms", lambda *given: made.order.append("an arm is timed") or PERF)
+    monkeypatch.setattr(measure, "time_equals", lambda *given: made.order.append("stock is timed") or (PERF, PERF))
     return made
 
 
@@ -319,6 +325,25 @@ def test_peers_come_behind_the_combination(world, monkeypatch):
     monkeypatch.setattr(measure, "race", lambda peer, other, best, timing: records.Race(best.arm, (), 2, 1, 3, 4))
     assert world("--run", "r", "--arms", "transformers_peft", *TIMED[1:]) == [*TIMED[1:], "combination", "transformers_peft"]
     assert world.records("r")[-1].race == records.Race("supervised_logits", (), 2, 1, 3, 4)  # of equally fast ones the first
+
+
+def test_peers_get_ready_while_others_are_gated_and_nothing_is_timed_meanwhile(world, monkeypatch):
+    refused = Candidate(contextlib.nullcontext(), Verdict(Level.NOT_RUN, "no"), None)
+    monkeypatch.setattr(Stage, "gate_arm", lambda self, spec, claim: refused)
+    peers = ["transformers_peft", "transformers_peft_fla", "transformers_peft_compile"]
+    world("--run", "alone", "--arms", "static_lora", *peers)
+    assert world.order[0] == "stock is prepared"
+    world("--run", "r", "--gate.parallel", "4", "--arms", "static_lora", peers[2])
+    world.order.clear()
+    world("--run", "r", "--gate.parallel", "4", "--arms", "static_lora", *peers)
+    # FLA's needs a GPU, and the third has its record.
+    assert world.order == [f"{peers[0]} begins", "stock is prepared", "quiet", "stock is timed"]
+
+
+def test_an_arm_is_timed_when_it_is_quiet(world):
+    world("--run", "r", "--arms", "static_lora", "supervised_logits")
+    timed = [index for index, what in enumerate(world.order) if what.endswith("timed")]
+    assert len(timed) == 4 and all(world.order[index - 1] == "quiet" for index in timed)
 
 
 @pytest.mark.parametrize(("faster", "slower"), [("static_lora", "lora_matmul"), ("lora_matmul", "static_lora")])

@@ -19,6 +19,7 @@ from abtest.evidence import Evidence
 from abtest.experiment import Candidate
 from abtest.progress import GateProgress
 from abtest.verdict import Check, Level, Verdict
+from abtest.waiting import Waiting
 from bench import measure, records, report
 from bench.ceilings import Ceilings
 from bench.command import Command, recipe_of
@@ -176,7 +177,7 @@ def bench(tmp_path, monkeypatch) -> measure.Bench:
     candidate = Candidate(contextlib.nullcontext(SimpleNamespace()), FAILED, evidence)
     experiment = SimpleNamespace(
         reference=evidence, sigma=(0.1, 0.1), reference_arm=None, gate_arm=lambda spec, claim: candidate, folder=tmp_path,
-        environment=ENVIRONMENT,
+        environment=ENVIRONMENT, waiting=Waiting(),
     )  # fmt: skip
     monkeypatch.setattr(measure, "time_arms", lambda *arguments: PERF)
     facts = {"run_id": "r", "environment": {"device_slug": "box"}, "recipe": {}, "data": {}, "command": "c"}
