@@ -23,8 +23,8 @@ from loop.batch import IGNORE, PackedBatch
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 IGNORED = tl.constexpr(IGNORE)
 LOWEST = tl.constexpr(-3.4e38)  # finite, unlike -inf: a difference with it is no NaN
-BLOCK = 8192  # logits a step of one row: 32 a thread
-WARPS = 8
+BLOCK = 8192  # logits a step of one row: 16 a thread
+WARPS = 16
 TILE_INTERPRETED = 1 << 16  # the interpreter's cost is per step of a program, not per element
 CHUNK_BYTES = 1 << 30  # of logits at a time
 CHUNK_LEAST_ROWS = 1024  # whatever they take: every chunk reads the whole head, and a product of few rows is bound by that
