@@ -101,15 +101,16 @@ class Floating:
         return max(self.start, self.end, *(self.interval or ()))
 
 
-def waterfall(steps: Sequence[tuple[str, float]], device: str) -> bytes:
-    """Time of a micro-step as a share of stock's, from stock through `steps` to what they lead to, as a PNG. A step is what
-    changed and the ratio of times before and after it."""
+def waterfall(steps: Sequence[tuple[str, float]], device: str, begin: str = "stock") -> bytes:
+    """Time of a micro-step as a share of `begin`'s, from there through `steps` to what they lead to, as a PNG. A step is
+    what changed and the ratio of times before and after it."""
     times = np.cumprod([100.0, *(1 / ratio for _, ratio in steps)]).tolist()
-    bars = [Floating("stock", 0.0, times[0], COLORS["peer"], "100 %")]
+    bars = [Floating(begin, 0.0, times[0], COLORS["peer"], "100 %")]
     for (words, ratio), before, after in zip(steps, times, times[1:], strict=False):
         bars.append(Floating(words, before, after, change_color(before, after), f"{ratio:.3f}x"))
     bars.append(Floating("the best set", 0.0, times[-1], COLORS["ships"], f"{times[-1]:.1f} %"))
-    return floating(bars, f"From stock to the best set on {device}", "time of a micro-step, % of stock's (lower is faster)")
+    unit = f"time of a micro-step, % of {begin}'s (lower is faster)"
+    return floating(bars, f"From {begin} to the best set on {device}", unit)
 
 
 def change_color(before: float, after: float) -> str:

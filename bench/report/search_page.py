@@ -87,8 +87,14 @@ class Way:
     @property
     def steps(self) -> list[Step]:
         found = {(trial.against, trial.optimizations): trial for trial in self.trials if trial.timing.why is None}
-        sets = self.bests
-        return [Step(one, other, found.get((one, other))) for one, other in pairwise(sets)]
+        steps = [Step(one, other, found.get((one, other))) for one, other in pairwise(self.bests)]
+        gaps = [index for index, step in enumerate(steps) if step.trial is None]  # another search of the run ends there
+        return steps[gaps[-1] + 1 :] if gaps else steps
+
+    @property
+    def begin(self) -> str:
+        """What `steps` lead away from."""
+        return "the given set" if self.steps and self.steps[0].before else "stock"
 
 
 def files(data_dir: Path, answers: Answers) -> dict[Path, bytes]:
@@ -103,7 +109,8 @@ def files(data_dir: Path, answers: Answers) -> dict[Path, bytes]:
         for folder, way in zip(folder_names(list(ways)), ways.values(), strict=True):
             image, members = f"{slug}-{folder}.png", f"{slug}-{folder}.members.png"
             if way.steps:
-                content[FOLDER / image] = plots.waterfall([(_words(step), step.ratio) for step in way.steps], name)
+                steps = [(_words(step), step.ratio) for step in way.steps]
+                content[FOLDER / image] = plots.waterfall(steps, name, way.begin)
             answer = answers.get((slug, way.newest.run_id, way.newest.against))
             fall = Waterfall(answer, way.left_out) if way.is_measured and answer is not None else None
             if fall is not None:
@@ -138,7 +145,7 @@ def _section(way: Way, fall: Sequence[str], image: str | None) -> list[str]:
         *fall,
         *(["#### What each member is worth", _gains(gains), GAINS_LEGEND] if gains else []),
         "#### The way there",
-        f"![Time of a micro-step from stock to the best set, step by step]({image})" if image else "",
+        f"![Time of a micro-step from {way.begin} to the best set, step by step]({image})" if image else "",
         _path(way),
         PATH_LEGEND,
         _source(way),

@@ -34,7 +34,7 @@ from loop.shipping import ASSISTANT
 
 SCHEMA = 2
 SEARCH = "search"  # the arm that a search which came to its end has answered with
-PARTIAL_SEARCH = "partial_search"  # one that did not, or was among some names only: a combination as any other
+PARTIAL_SEARCH = "partial_search"  # one that did not, was among some names or began with a set: a combination as any other
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from bench.records import Record
 from bench.report import plots
 from bench.report.devices import Device
 from bench.report.plots import COLORS, Floating, change_color
-from bench.report.shipping import PARTIAL_SEARCH, SEARCH, Shipping
+from bench.report.shipping import Shipping
 from bench.report.text import NOTHING, code, prose, ratio, sound, table
 from bench.search.trials import Set, Trial
 
@@ -38,12 +38,12 @@ Answers = Mapping[tuple[str, str, Set], Answer]  # by device slug, run and set
 
 
 def answers(devices: Iterable[tuple[Device, Sequence[Shipping]]]) -> dict[tuple[str, str, Set], Answer]:
-    """The newest of each search's."""
+    """The newest of each combination: a search's answer may be one that had its record before."""
     found = {}
     for device, decisions in devices:
         for setting, decision in zip(device.settings, decisions, strict=True):
             for record in (*setting.earlier, *setting.run):
-                if record.arm in (SEARCH, PARTIAL_SEARCH) and record.role == "combination" and sound(record.perf):
+                if record.role == "combination" and sound(record.perf):
                     key = (device.slug, record.run_id, tuple(sorted(record.optimizations)))
                     found[key] = Answer(record, record is decision.basis)
     return found

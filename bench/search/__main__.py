@@ -27,14 +27,13 @@ from bench.ledger import Ledger
 from bench.records import read, writing_to
 from bench.report import render, summary_json
 from bench.search.arms import SearchArms, in_words
-from bench.search.candidates import Candidate, candidates
+from bench.search.candidates import Candidate, beginning, candidates, conflicting
 from bench.search.candidates import in_words as why_not
 from bench.search.command import SearchCommand, check_search, default, run_of
 from bench.search.conductor import Conductor
-from bench.search.prove import plan_of, prove
+from bench.search.prove import plan_of, prove, recorded
 from bench.search.strategy import Answer, Search
-from bench.search.trials import TrialLedger, path_of
-from kernels import registry
+from bench.search.trials import Set, TrialLedger, path_of
 from loop.cli import guarded, parse
 from loop.errors import UserError
 from loop.model import resolve_device
@@ -54,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = recipe_of(command.bench, str(dtype).removeprefix("torch."))
     found = read(path) if path.exists() else []
     chosen, others = candidates(found, recipe, gate_config(command, command.gate), device, command.arms)
+    begin = beginning(command.begin, chosen, others, conflicting())
     ledger = run_of(command, path, found, recipe, environment, say)
     facts = {"command": words, "environment": environment, "recipe": recipe}
     trials = _trials(command, environment["device_slug"], ledger.run_id, chosen, facts)
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         if not claims.take("search"):
             raise UserError(f"--run {ledger.run_id}: another command is at this search; wait for it, or take another --run")
         try:
-            answer = _search(command, device, chosen, others, trials, ledger.run_id, began)
-            _settle(command, device, ledger, environment, words, answer, whole=answer.finished and not command.arms)
+            answer = _search(command, device, chosen, others, begin, trials, ledger.run_id, began)
+            _settle(command, device, ledger, environment, words, answer, answer.finished and not (command.arms or begin))
         except KeyboardInterrupt:
             if trials.known:
                 print(f"what was timed is kept; the same command with --run {ledger.run_id} goes on", file=sys.stderr)
@@ -84,13 +84,15 @@ def _trials(command: SearchCommand, slug: str, run_id: str, chosen: list[Candida
 
 
 def _search(
-    command: SearchCommand, device: torch.device, chosen: list[Candidate], others: dict[str, str], trials: TrialLedger,
-    run_id: str, began: float,
+    command: SearchCommand, device: torch.device, chosen: list[Candidate], others: dict[str, str], begin: Set,
+    trials: TrialLedger, run_id: str, began: float,
 ) -> Answer:  # fmt: skip
     say(f"run {run_id}: searching among {', '.join(candidate.name for candidate in chosen)}")
+    if begin:
+        say(f"it begins with {in_words(begin)}")
     if others:
         say(f"not searched: {why_not(others)}")
-    known, config = registry.discover(), gate_config(command, command.gate)
+    config = gate_config(command, command.gate)
     with (
         tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
         SearchArms(
@@ -100,11 +102,7 @@ def _search(
     ):  # fmt: skip
         until = None if command.minutes is None else began + 60 * command.minutes
         conductor = Conductor(arms, trials, say, until)
-
-        def conflict(one: str, other: str) -> bool:
-            return other in known[one].conflicts or one in known[other].conflicts
-
-        return Search(chosen, conflict, conductor, command.search.width).run()
+        return Search(chosen, conflicting(), conductor, command.search.width, begin).run()
 
 
 def _settle(
@@ -119,11 +117,11 @@ def _settle(
         if not command.accept:
             return
     if not answer.optimizations:
-        say("nothing is faster than stock by its whole interval: there is nothing to gate")
+        why = "no member is missed" if command.begin else "nothing is faster than stock by its whole interval"
+        say(f"{why}: there is nothing to gate")
         return
     plan = plan_of(answer.optimizations, whole, command.bench)
-    recorded = [record.optimizations for record in ledger.records() if record.arm == plan.name]
-    if recorded and recorded[-1] == plan.optimizations:
+    if recorded(plan, ledger.records()):
         say(f"{best} is the answer; run {ledger.run_id} has its record")
         return
     say(f"{best} is the answer; it goes through the gate")

@@ -1,27 +1,33 @@
-"""What may be searched: optimizations whose newest record in this setting on this device is lossless."""
+"""What may be searched, and where to begin: optimizations that passed the gate in this setting on this device.
+
+By its newest record alone; one that has none, as a member of a combination that passed. What such a member is worth alone is
+not known then, and a set that it is part of goes through the gate as every answer does.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench.plan import untimed_reason
+from bench.plan import JOIN, untimed_reason
 from bench.records import Record
+from bench.search.trials import Set
 from kernels import registry
 from kernels.contract import Optimization
 from loop.config import Config
 from loop.errors import UserError
 
+ONLY = "only what has passed its gate here, alone or with others, is searched"
 HOW_MEASURED = ("gate", "timing", "steps")  # of a recipe: how much evidence there is, not what was trained
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """ratio: stock's time over its own, alone, in its newest record; 1 where that has no time."""
+    """ratio: stock's time over its own, alone, in its newest record; 1 where that has no time, or there is none."""
 
     name: str
     ratio: float
@@ -40,15 +46,21 @@ def candidates(
 
     names: only these; all of them must be candidates. Raises UserError for one that is not, and where there is none at all.
     """
-    newest = {
-        record.arm: record for record in found if record.role == "optimization" and same_training(record.recipe, recipe)
+    here = [record for record in found if same_training(record.recipe, recipe)]
+    newest = {record.arm: record for record in here if record.role == "optimization"}
+    passed = {
+        name
+        for record in here
+        if record.role == "combination" and record.verdict.level.lossless
+        for name in record.optimizations
     }
     known = {name: one for name, one in registry.discover().items() if not registry.is_negative(name)}
-    reasons = {name: _obstacle(one, newest.get(name), config, device) for name, one in known.items()}
+    reasons = {name: _obstacle(one, newest.get(name), name in passed, config, device) for name, one in known.items()}
     for name in names:
         _check_name(name, reasons)
     others = {name: why for name, why in reasons.items() if why is not None}
-    chosen = [Candidate(name, _ratio(newest[name])) for name in known if name not in others and (not names or name in names)]
+    asked = names or known
+    chosen = [Candidate(name, _ratio(newest.get(name))) for name in known if name not in others and name in asked]
     if not chosen:
         raise UserError(f"nothing to search: {in_words(others)}; `python -m bench.run` with the same recipe comes first")
     return chosen, others
@@ -56,14 +68,47 @@ def candidates(
 
 def _check_name(name: str, reasons: dict[str, str | None]) -> None:
     if name not in reasons:
-        words = "a negative result, which never ships" if name in registry.discover() else "no such optimization"
-        raise UserError(f"--arms {name}: {words}; there are {', '.join(reasons)}")
+        raise UserError(f"--arms {name}: {_unknown(name)}; there are {', '.join(reasons)}")
     if reasons[name] is not None:
-        raise UserError(f"--arms {name}: {reasons[name]}; only what has passed its gate here alone is searched")
+        raise UserError(f"--arms {name}: {reasons[name]}; {ONLY}")
 
 
-def _obstacle(optimization: Optimization, record: Record | None, config: Config, device: torch.device) -> str | None:
-    """Why it is no candidate, or None."""
+def _unknown(name: str) -> str:
+    return "a negative result, which never ships" if name in registry.discover() else "no such optimization"
+
+
+def conflicting() -> Callable[[str, str], bool]:
+    """Whether two optimizations can't be on together."""
+    known = registry.discover()
+    return lambda one, other: other in known[one].conflicts or one in known[other].conflicts
+
+
+def beginning(
+    given: Sequence[str], chosen: Sequence[Candidate], others: dict[str, str], conflict: Callable[[str, str], bool]
+) -> Set:
+    """The set that a search among `chosen` begins with: the names `given`, some perhaps joined by `JOIN`. others: who is no
+    candidate, and why. Raises UserError for one that is not searched or there twice, and for two that conflict."""
+    among = [candidate.name for candidate in chosen]
+    names = [name for words in given for name in words.split(JOIN)]
+    for index, name in enumerate(names):
+        if name in others:
+            raise UserError(f"--begin {name}: {others[name]}; {ONLY}: {', '.join(among)}")
+        if name not in among:
+            known = name in registry.discover() and not registry.is_negative(name)
+            why = "not one of --arms" if known else _unknown(name)
+            raise UserError(f"--begin {name}: {why}; searched are {', '.join(among)}")
+        if name in names[:index]:
+            raise UserError(f"--begin {name}: it is there twice")
+        clash = next((other for other in names[:index] if conflict(name, other)), None)
+        if clash is not None:
+            raise UserError(f"--begin {name}: {name} and {clash} exclude one another")
+    return tuple(sorted(names))
+
+
+def _obstacle(
+    optimization: Optimization, record: Record | None, passed: bool, config: Config, device: torch.device
+) -> str | None:
+    """Why it is no candidate, or None. record: the newest of it alone; passed: with others, in a combination."""
     if registry.with_recipes(config, [optimization.name]) != config:
         return "compared with stock of a recipe of its own"
     if registry.unmet(optimization.needs, device) is not None:
@@ -71,12 +116,12 @@ def _obstacle(optimization: Optimization, record: Record | None, config: Config,
     if untimed_reason([optimization], device) is not None:
         return "not timed on this machine"
     if record is None:
-        return "no record in this setting"
+        return None if passed else "no record in this setting"
     return None if record.verdict.level.lossless else record.verdict.level.value
 
 
-def _ratio(record: Record) -> float:
-    ratio = record.perf.ratio if record.perf is not None else 1.0
+def _ratio(record: Record | None) -> float:
+    ratio = record.perf.ratio if record is not None and record.perf is not None else 1.0
     return ratio if math.isfinite(ratio) else 1.0
 
 

@@ -34,6 +34,7 @@ class SearchCommand(Config):
     """Flags of `python -m bench.search`."""
 
     arms: tuple[str, ...] = ()  # optimizations to search among; none named: all that have passed in this setting here
+    begin: tuple[str, ...] = ()  # the set to begin with, instead of stock: names, or a+b+c
     run: str | None = None  # the run that the answer belongs to; None: the setting's newest, if this code and recipe made it
     minutes: float | None = None  # time no set that would probably end later than this after the start; None: no limit
     accept: bool = False  # when the minutes are over, gate the best set so far; else another command may go on

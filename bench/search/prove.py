@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from kernels import registry
 
 
 def plan_of(optimizations: Set, whole: bool, command: Command) -> ArmPlan:
-    """The arm of the answer. whole: whether the search came to its end among all that may be searched; only such an answer
-    goes before what was measured without being compared with others."""
+    """The arm of the answer. whole: whether the search began with stock and came to its end among all that may be searched;
+    only such an answer goes before what was measured without being compared with others."""
     return ArmPlan(
         name=SEARCH if whole else PARTIAL_SEARCH,
         role="combination",
@@ -36,6 +37,20 @@ def plan_of(optimizations: Set, whole: bool, command: Command) -> ArmPlan:
         + ("" if whole else ", which did not try everything"),
         why_exact="each part by its own argument; the whole by its own gate",
     )
+
+
+def recorded(plan: ArmPlan, found: Iterable[Record]) -> bool:
+    """Whether the answer has its record in `found`, the run's, oldest first; of each arm the newest counts. For a partial
+    search that of any combination of the same set will do, as `bench.run --arms a+b` leaves one, since both compete in the
+    same way; but none from before a whole search, which goes before what was measured earlier."""
+    newest: dict[str, Record] = {}
+    for record in found:
+        if record.role == "combination":
+            if record.arm == SEARCH and plan.name != SEARCH:
+                newest.clear()
+            newest[record.arm] = record
+    fit = [record for arm, record in newest.items() if arm == SEARCH or plan.name != SEARCH]
+    return any(set(record.optimizations) == set(plan.optimizations) for record in fit)
 
 
 def prove(

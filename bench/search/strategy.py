@@ -8,6 +8,10 @@ once, which finds what pays only in company. It stops when none of these is clea
 
 Backward: each member of the best set is left out. Who is not missed goes, one at a time, since of two that do the same work
 neither is missed while the other is there.
+
+A search begins with stock, or with a set that it is given. That one is compared with the sets around it, not with stock nor
+with what would be tried on the way from there: the answer may be another one than from stock, and slower. Wherever it began,
+nothing more is added once a member was left out.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """optimizations: the fastest set, () where nothing beats stock. finished: whether the search came to its end.
+    """optimizations: the fastest set, () where that is stock. finished: whether the search came to its end.
     left_out: the last comparison of the set without each of its members."""
 
     optimizations: Set
@@ -48,14 +52,16 @@ class Answer:
 
 
 class Search:
-    """One search. conflict(one, other): whether two can't be on together. width: sets that are compared at a time."""
+    """One search. conflict(one, other): whether two can't be on together. width: sets that are compared at a time. begin:
+    candidates that are on when it begins, without conflicts."""
 
     def __init__(
-        self, candidates: Sequence[Candidate], conflict: Callable[[str, str], bool], clock: Clock, width: int = 4
-    ) -> None:
+        self, candidates: Sequence[Candidate], conflict: Callable[[str, str], bool], clock: Clock, width: int = 4,
+        begin: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         self.gains = {candidate.name: candidate.ratio for candidate in candidates}  # what each did when it was last tried
         self.conflict, self.clock, self.width = conflict, clock, width
-        self.best: Set = ()
+        self.best: Set = _set(begin)
         self.been = {self.best}
         self.round = 0
         self.left_out: list[Trial] = []

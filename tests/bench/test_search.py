@@ -18,7 +18,7 @@ from abtest.arm import ArmFailed
 from bench.clock import TimingConfig
 from bench.search import conductor as conducting
 from bench.search.arms import SearchArms, all_clear, clear_winner
-from bench.search.candidates import Candidate
+from bench.search.candidates import Candidate, beginning
 from bench.search.conductor import Conductor
 from bench.search.strategy import Answer, Search
 from bench.search.trials import EXCHANGE, FORWARD, LEAVE_ONE_OUT, Trial, TrialLedger, read
@@ -100,6 +100,7 @@ def conflict_of(pairs: Iterable[str]) -> Callable[[str, str], bool]:
 def search(
     world: World, path: Path, names: Iterable[str] = NAMES, conflicts: Iterable[str] = (), width: int = 3,
     alone: dict[str, float] | None = None, until: float | None = None, said: list[str] | None = None, gpu: bool = True,
+    begin: Iterable[str] = (),
 ) -> Answer:  # fmt: skip
     """One command's search. Whatever comes of it, no process is left over."""
     names = list(names)
@@ -110,7 +111,7 @@ def search(
         with arms:
             say = (said if said is not None else []).append
             conductor = Conductor(arms, TrialLedger(path, "r", names, FACTS), say, until)
-            return Search(chosen, conflict_of(conflicts), conductor, width).run()
+            return Search(chosen, conflict_of(conflicts), conductor, width, begin).run()
     finally:
         assert world.alive == []
 
@@ -250,6 +251,112 @@ def test_a_member_that_saves_no_time_stays_if_it_saves_device_memory(path, with_
         assert tried[0].timing.launches == 11
     else:
         assert tried[0].timing.peak_memory_bytes is None and tried[0].timing.launches is None
+
+
+# Beginning with a set
+
+
+GAINS = {"a": 2.0, "b": 1.5, "c": 1.2, "d": 0.9, "e": 0.8}
+
+
+def test_it_begins_with_the_set_that_is_given_adds_what_gains_and_leaves_out_who_is_not_missed(path):
+    world = World(product(GAINS))
+    answer = search(world, path, begin="ead")
+    assert answer.optimizations == ("a", "b", "c") and answer.finished
+    assert world.started[0] == frozenset("ade"), "its process is the first"
+    first, *rest = read(path)
+    assert (first.stage, first.round, first.against, first.added) == (FORWARD, 1, ("a", "d", "e"), ("b",))
+    assert [trial.added for trial in rest if trial.faster and trial.stage == FORWARD] == [("c",), ("c",)]
+    gone = [trial.left_out for trial in trials_of(path, LEAVE_ONE_OUT) if trial.against == ("a", "b", "c", "d", "e")]
+    assert len(gone) == 5 and {trial.left_out[0] for trial in answer.left_out} == {"a", "b", "c"}
+    assert not any(on <= {"a"} for on in world.started), "neither stock nor what is far from the set"
+
+
+def test_a_set_to_which_nothing_can_be_added_is_measured_member_by_member(path):
+    answer = search(World(product({"a": 2.0, "b": 1.5})), path, ("a", "b"), begin=("b", "a"))
+    assert answer.optimizations == ("a", "b") and trials_of(path, FORWARD) == trials_of(path, EXCHANGE) == []
+    assert {trial.left_out[0]: trial.gain[0] for trial in answer.left_out} == pytest.approx({"a": 2.0, "b": 1.5})
+
+
+def test_what_keeps_out_a_faster_one_gives_way_although_it_was_given(path):
+    answer = search(World(product({"a": 1.2, "b": 1.5, "c": 1.1})), path, ("a", "b", "c"), ["ab"], begin="ac")
+    assert answer.optimizations == ("b", "c") and trials_of(path, EXCHANGE)[0].against == ("a", "c")
+
+
+def test_of_a_set_without_any_gain_stock_is_left(path):
+    assert search(World(product(dict.fromkeys("abc", 0.9))), path, "abc", begin="ab") == Answer((), True)
+
+
+def test_a_set_that_does_not_run_is_named(path):
+    world = World(product(GAINS))
+    world.fail = lambda on, asked: "no kernel" if on == {"a", "b"} else None
+    with pytest.raises(UserError, match=r"^a \+ b, which other sets are to be compared with, does not run: no kernel$"):
+        search(world, path, begin="ab")
+
+
+def test_an_interrupted_search_from_a_set_goes_on_and_comes_to_the_same(tmp_path):
+    whole, path = tmp_path / "whole" / "box.jsonl", tmp_path / "box.jsonl"
+    expected, answers = search(World(product(GAINS)), whole, begin="ad"), []
+    while not answers or not answers[-1].finished:
+        world = World(product(GAINS))
+        answers.append(search(world, path, alone=GAINS, until=0.0, begin="ad"))  # one batch a command
+        assert len(answers) < 20 and set(world.started[:1]) <= {frozenset(read(path)[-1].against)}
+    assert answers[-1].optimizations == expected.optimizations and answers[0].optimizations == ("a", "b", "d")
+    before, again = path.read_bytes(), World(product(GAINS))
+    assert search(again, path, begin="ad") == answers[-1] and again.started == [] and path.read_bytes() == before
+
+
+def test_searches_from_stock_and_from_a_set_don_t_change_each_other(tmp_path):
+    def seconds(on: frozenset) -> float:
+        return {0: 1.0, 1: 0.8, 2: 0.9, 3: 0.5}[len(on)] * (0.99 if "c" in on else 1.0)  # only all three go beyond one
+
+    alone, path = {"a": 1.1, "b": 1.1, "c": 1.2}, tmp_path / "box.jsonl"
+    stock = search(World(seconds), path, "abc", alone=alone)
+    kept = len(read(path))
+    world = World(seconds)
+    begun = search(world, path, "abc", alone=alone, begin="ab")
+    apart = search(World(seconds), tmp_path / "apart" / "box.jsonl", "abc", alone=alone, begin="ab")
+    assert begun.optimizations == apart.optimizations and world.started[0] == frozenset("ab")
+    assert all(trial.against != () for trial in read(path)[kept:])
+    timed = [(trial.stage, trial.against, trial.optimizations) for trial in read(path)]
+    assert len(timed) == len(set(timed)), "what both ask for is timed once"
+    again = World(seconds)
+    assert search(again, path, "abc", alone=alone) == stock and again.started == []
+
+
+@given(
+    st.lists(st.sampled_from([0.7, 0.85, 0.95, 1.05, 1.15, 1.4, 2.5]), min_size=5, max_size=5),
+    st.integers(0, 2**32), st.sets(st.sampled_from(["ab", "cd"])), st.sets(st.sampled_from(NAMES)),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_with_gains_that_multiply_it_finds_the_fastest_set_from_anywhere(gains, seed, conflicts, begin):
+    begin -= {pair[1] for pair in conflicts if set(pair) <= begin}
+    world = World(product(dict(zip(NAMES, gains, strict=True))), noise=0.003, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        answer = search(world, Path(folder) / "box.jsonl", NAMES, conflicts, begin=begin)
+    assert answer.finished
+    assert world.seconds(frozenset(answer.optimizations)) == pytest.approx(fastest(world, NAMES, conflicts))
+
+
+def test_a_beginning_is_of_names_or_of_names_joined():
+    chosen, conflict = [Candidate(name, 1.0) for name in NAMES], conflict_of(["de"])
+    assert beginning(("c", "a+b"), chosen, {}, conflict) == ("a", "b", "c") and beginning((), chosen, {}, conflict) == ()
+
+
+@pytest.mark.parametrize(
+    ("given_names", "words"),
+    [
+        (("a", "x"), "x: no such optimization; searched are a, b, c, d, e"),
+        (("a", ""), ": no such optimization; searched are a, b, c, d, e"),
+        (("a+f",), "f: FAILED; only what has passed its gate here, alone or with others, is searched: a, b, c, d, e"),
+        (("a", "b+a"), "a: it is there twice"),
+        (("e", "a", "d"), "d: d and e exclude one another"),
+    ],
+)
+def test_what_can_t_be_a_beginning(given_names, words):
+    with pytest.raises(UserError) as raised:
+        beginning(given_names, [Candidate(name, 1.0) for name in NAMES], {"f": "FAILED"}, conflict_of(["de"]))
+    assert str(raised.value) == f"--begin {words}"
 
 
 # Conflicts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from abtest.arm import ArmFailed
 from abtest.evidence import Evidence
 from abtest.experiment import Candidate
 from abtest.verdict import Check, Level, Verdict
+from abtest.waiting import Waiting
 from bench import measure, records
 from bench.ceilings import Ceilings
 from bench.claims import Claims
@@ -27,6 +29,7 @@ from bench.search import __main__ as command
 from bench.search import prove as proving
 from bench.search import trials
 from bench.search.command import default
+from kernels import registry
 from loop.cli import guarded, parse
 from loop.errors import UserError
 
@@ -112,6 +115,7 @@ class Stage:
         self.world, self.reference, self.repeat, self.sigma = world, EVIDENCE, EVIDENCE, (0.1, 0.1)
         self.reference_arm = self.repeat_arm = None
         self.early: dict = {}
+        self.waiting = Waiting()
 
     def __enter__(self) -> Stage:
         return self
@@ -200,6 +204,101 @@ def test_a_search_among_some_names_competes_as_any_combination(world, capsys):
     assert records.read(world.file)[-1].arm == "partial_search"
     assert last(capsys)["shipping"] == sorted(SPEED)
     assert {trial.candidates for trial in world.trials} == {("packed_attention", "static_lora")}
+
+
+# Beginning with a set
+
+
+ALL = tuple(sorted(SPEED))
+
+
+def test_a_search_from_a_set_begins_there_and_competes_as_any_combination(world, capsys):
+    world.keep_run()
+    world.keep("combination", "combination", perf=perf(1.9), optimizations=ALL)
+    world("--begin", "packed_attention", "static_lora")
+    captured = capsys.readouterr()
+    assert "it begins with packed_attention + static_lora" in captured.err.splitlines()
+    assert world.started[0] == ("packed_attention", "static_lora") and () not in world.started
+    assert world.trials[0].against == ("packed_attention", "static_lora") and world.trials[0].stage == "forward"
+    found = json.loads(captured.out)
+    assert found["search"]["optimizations"] == list(BEST) and found["search"]["finished"] and world.gated == [BEST]
+    assert records.read(world.file)[-1].arm == "partial_search"
+    assert found["shipping"] == list(ALL), "its ratio to stock is higher, and the search began elsewhere"
+
+
+def test_a_set_that_has_its_record_as_a_combination_is_not_gated_again(world, capsys):
+    world.keep_run()
+    world.keep("combination", "combination", perf=perf(1.4), optimizations=("supervised_logits", "static_lora"))
+    before = world.file.read_bytes()
+    world("--begin", "static_lora+supervised_logits")
+    captured = capsys.readouterr()
+    assert "static_lora + supervised_logits is the answer; run r has its record" in captured.err
+    assert world.gated == [] and world.file.read_bytes() == before
+    searched = json.loads(captured.out)["search"]
+    assert searched["finished"] and set(searched["left_out"]) == set(BEST)
+    assert json.loads(captured.out)["shipping"] == list(reversed(BEST))
+
+
+@pytest.mark.parametrize("had", [("static_lora",), ALL])
+def test_a_larger_or_smaller_set_than_the_recorded_one_is_gated(world, had):
+    world.keep_run()
+    world.keep("combination", "combination", perf=perf(1.4), optimizations=had)
+    world("--begin", *had)
+    assert world.gated == [BEST] and records.read(world.file)[-1].arm == "partial_search"
+    world("--begin", *had)
+    assert world.gated == world.started == []
+
+
+def test_a_search_from_stock_gates_its_answer_as_such_whatever_else_has_a_record(world, capsys):
+    world.keep_run()
+    world.keep("combination", "combination", perf=perf(1.4), optimizations=BEST)
+    world()
+    assert world.gated == [BEST] and records.read(world.file)[-1].arm == "search"
+    assert last(capsys)["shipping"] == list(BEST)
+    world("--begin", *BEST)
+    assert world.gated == world.started == [], "the search's record is one of that set, too"
+
+
+@pytest.mark.parametrize(
+    ("kept", "whole", "partial"),
+    [
+        ([("combination", BEST)], False, True),
+        ([("partial_search", BEST)], False, True),
+        ([("search", BEST)], True, True),
+        ([("combination", ALL)], False, False),
+        ([("combination", BEST), ("combination", ALL)], False, False),  # the newer one counts
+        ([("combination", BEST), ("partial_search", ALL)], False, True),
+        ([("combination", BEST), ("search", ALL)], False, False),  # the search goes before it
+        ([("search", ALL), ("combination", BEST)], False, True),
+        ([("search", BEST), ("combination", ALL)], True, True),
+    ],
+)
+def test_which_records_are_those_of_an_answer(world, kept, whole, partial):
+    for arm, optimizations in kept:
+        world.keep(arm, "combination", perf=perf(1.4), optimizations=optimizations)
+    bench = default(FLAGS).bench
+    found = [proving.recorded(proving.plan_of(BEST, of, bench), records.read(world.file)) for of in (True, False)]
+    assert found == [whole, partial]
+
+
+def test_a_set_of_which_nothing_is_missed_leaves_nothing_to_gate(world, capsys):
+    world.keep_run(arms=("packed_attention",))
+    world("--begin", "packed_attention")
+    assert "no member is missed: there is nothing to gate" in capsys.readouterr().err and world.gated == []
+
+
+def test_a_search_from_a_set_goes_on_after_its_time(world, capsys):
+    world.keep_run()
+    flags = ("--begin", "packed_attention", "--minutes", "0.000001", "--search.width", "1")
+    world(*flags)
+    assert "best so far is packed_attention + static_lora; the same command" in capsys.readouterr().err
+    for _ in range(20):
+        world(*flags)
+        if world.gated:
+            break
+    assert world.gated == [BEST]
+    timed = [(trial.stage, trial.against, trial.optimizations) for trial in world.trials]
+    assert len(timed) == len(set(timed))
 
 
 # Going on
@@ -292,6 +391,21 @@ def test_only_what_passed_in_this_setting_is_searched_and_the_rest_is_named(worl
     assert "silu_mul" in groups["not timed on this machine"] and "cuda_graphs" in groups["can't run on this machine"]
 
 
+@pytest.mark.parametrize(("verdict", "alone", "searched"), [
+    ({}, {}, {"static_lora", "packed_attention"}),
+    ({"verdict": FAILED}, {}, {"static_lora"}),
+    ({}, {"verdict": FAILED}, {"static_lora"}),
+])  # fmt: skip
+def test_what_passed_with_others_and_has_no_record_alone_is_searched(world, verdict, alone, searched):
+    """Unless that combination failed, or it did alone."""
+    world.keep_run(arms=("static_lora",))
+    world.keep("combination", "combination", optimizations=("packed_attention", "static_lora"), **verdict)
+    if alone:
+        world.keep("packed_attention", **alone)
+    world()
+    assert {trial.candidates for trial in world.trials} == {tuple(sorted(searched))}
+
+
 def test_the_newest_record_of_an_optimization_counts(world):
     world.keep_run(arms=("static_lora", "supervised_logits"))
     world.keep("supervised_logits", verdict=FAILED)
@@ -313,6 +427,12 @@ def test_more_evidence_is_the_same_setting(world):
         (("--arms", "keep_activations"), "--arms keep_activations: no record in this setting; only what has passed"),
         (("--arms", "silu_mul"), "--arms silu_mul: not timed on this machine; only what has passed"),
         (("--model", "qwen3.5-tiny"), "nothing to search: .*; `python -m bench.run` with the same recipe comes first"),
+        (("--begin", "no_such"), "--begin no_such: no such optimization; searched are packed_attention, static_lora, super"),
+        (("--begin", "merged_lora"), "--begin merged_lora: a negative result, which never ships; searched are "),
+        (("--begin", "static_lora+silu_mul"), "--begin silu_mul: not timed on this machine; only what has passed its gate"),
+        (("--begin", "keep_activations"), "--begin keep_activations: no record in this setting; only what has passed"),
+        (("--arms", "static_lora", "--begin", "packed_attention"), "--begin packed_attention: not one of --arms; searched "),
+        (("--begin", "static_lora", "static_lora"), "--begin static_lora: it is there twice"),
         (("--search.width", "0"), "search.width is 0; it must be at least 1"),
         (("--search.blocks", "1"), "search.blocks is 1; it must be at least 2"),
         (("--search.most-blocks", "1"), "search.most_blocks is 1; it must be at least 2"),
@@ -326,6 +446,23 @@ def test_mistakes_are_one_line(world, arguments, words):
     with pytest.raises(UserError, match=f"^{words}"):
         world(*arguments)
     assert world.started == [] and "\n" not in words
+
+
+def test_what_has_failed_is_no_beginning(world):
+    world.keep_run()
+    world.keep("static_lora", verdict=FAILED)
+    with pytest.raises(UserError, match=r"^--begin static_lora: FAILED; only what has passed its gate here, alone"):
+        world("--begin", "static_lora")
+
+
+def test_two_that_conflict_are_no_beginning(world, monkeypatch):
+    known = registry.discover()
+    one = dataclasses.replace(known["static_lora"], conflicts=("packed_attention",))
+    monkeypatch.setattr(registry, "discover", lambda: known | {"static_lora": one})
+    world.keep_run()
+    with pytest.raises(UserError, match=r"^--begin static_lora: static_lora and packed_attention exclude one another$"):
+        world("--begin", "packed_attention", "static_lora")
+    assert world.started == []
 
 
 def test_a_damaged_trial_is_named_before_anything_is_timed(world):

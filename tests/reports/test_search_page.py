@@ -75,6 +75,16 @@ def test_why_a_member_stays_or_goes(without, words, tmp_path):
     assert ("> **`c`** is the fastest set." in text) is dropped
 
 
+def test_the_way_of_a_search_from_a_set_begins_there_also_after_one_from_stock(tmp_path):
+    begun = [trial(FORWARD, 1, "b", "bc", timing(1.6)), *whole(timing(0.625), timing(0.5))[-2:]]
+    alone, both = rendered(tmp_path / "alone", begun), rendered(tmp_path / "both", [*forward()[:3], *begun])
+    for text in (alone, both):
+        assert "![Time of a micro-step from the given set to the best set, step by step]" in text
+        assert "> **`b` + `c`** is the fastest set." in text and tables(text)[-1][-3][6] == "taken"
+    (image,), (other,) = ((tmp_path / name / FOLDER).glob("*.png") for name in ("alone", "both"))
+    assert image.read_bytes() == other.read_bytes()
+
+
 def test_a_search_that_was_cut_says_so(tmp_path):
     text = rendered(tmp_path, forward())
     assert "> **`c`** is the best set so far: the search has not come to its end. `--run r` goes on with it." in text
