@@ -3,7 +3,8 @@
 The commands of one GPU run one after another, those of several GPUs side by side, each on an equal share of the processor
 cores: a compiler that takes every core would slow down what is timed beside it. What takes longer than it may is
 interrupted, as by Ctrl-C, so that it keeps what it has; one command's failure does not stop the next. The last line on
-stdout is one JSON document with how every command ended; each one's output is in a file of its own.
+stdout is one JSON document with how every command ended; each one's output is in a file of its own. Words that several
+commands of a plan share stand in its table [words], and in a command as `{name}`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from loop.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+SHARED = re.compile(r"\{([A-Za-z0-9._-]+)\}")
 PATIENCE = 20.0  # seconds from the interrupt to the end of a command that does not heed it
 KEYS = {"name": str, "gpu": int, "command": list, "minutes": (int, float)}
 
@@ -76,17 +78,23 @@ def read_plan(path: Path) -> list[Step]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
-    steps = tables.get("step")
-    if set(tables) != {"step"} or not isinstance(steps, list) or not steps:
-        raise UserError(f"{path}: tables [[step]] are expected, and nothing else")
-    found = [_step(values, f"{path}: step {index + 1}") for index, values in enumerate(steps)]
+    steps, words = tables.pop("step", None), tables.pop("words", {})
+    if tables or not isinstance(steps, list) or not steps:
+        raise UserError(f"{path}: tables [[step]] are expected, perhaps [words], and nothing else")
+    if not isinstance(words, dict) or not all(_are_words(given) for given in words.values()):
+        raise UserError(f"{path}: [words]: a word, or a list of words, is expected for each name")
+    found = [_step(values, words, f"{path}: step {index + 1}") for index, values in enumerate(steps)]
     twice = {step.name for step in found if sum(other.name == step.name for other in found) > 1}
     if twice:
         raise UserError(f"{path}: two steps are called {min(twice)}")
     return found
 
 
-def _step(values: Any, where: str) -> Step:
+def _are_words(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, list) and all(isinstance(word, str) for word in given))
+
+
+def _step(values: Any, shared: dict[str, Any], where: str) -> Step:
     if not isinstance(values, dict) or set(values) != set(KEYS):
         raise UserError(f"{where}: the keys {', '.join(KEYS)} are expected")
     for key, kind in KEYS.items():
@@ -95,11 +103,23 @@ def _step(values: Any, where: str) -> Step:
     command = values["command"]
     if not NAME.fullmatch(values["name"]):
         raise UserError(f"{where}: name {values['name']!r:.60}: letters, digits, '.', '_' and '-' are expected, at most 61")
-    if not command or not all(isinstance(word, str) for word in command):
+    command = [word for given in command for word in _spelt_out(given, shared, where)] if _are_words(command) else []
+    if not command:
         raise UserError(f"{where}: command must be a list of words")
     if values["gpu"] < 0 or not 0 < values["minutes"] < math.inf:
         raise UserError(f"{where}: gpu must be at least 0, and minutes above 0")
     return Step(values["name"], values["gpu"], tuple(command), float(values["minutes"]))
+
+
+def _spelt_out(word: str, shared: dict[str, Any], where: str) -> list[str]:
+    """The word itself, or what `{name}` stands for."""
+    name = SHARED.fullmatch(word)
+    if name is None:
+        return [word]
+    if name[1] not in shared:
+        raise UserError(f"{where}: {word}: [words] has no {name[1]}")
+    given = shared[name[1]]
+    return [given] if isinstance(given, str) else given
 
 
 def shares(lanes: int) -> list[set[int]]:

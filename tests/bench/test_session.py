@@ -145,6 +145,9 @@ GOOD = '[[step]]\nname = "a"\ngpu = 0\nminutes = 1\ncommand = ["true"]\n'
         (GOOD + "more = 1\n", "the keys name, gpu, command"), (GOOD.replace('"a"', '"../a"'), "name '../a'"),
         (GOOD.replace("gpu = 0", "gpu = true"), "gpu is True"), (GOOD.replace("gpu = 0", "gpu = -1"), "gpu must be"),
         (GOOD.replace("minutes = 1", "minutes = 0"), "above 0"), (GOOD.replace("minutes = 1", "minutes = inf"), "above 0"),
+        (GOOD.replace('"true"', '"{no}"'), "step 1: {no}: [words] has no no"), ("words = 3\n" + GOOD, "[words]: a word, or"),
+        (GOOD + "[words]\na = 3\n", "[words]: a word, or"), (GOOD + "[words]\na = ['b', 3]\n", "[words]: a word, or"),
+        (GOOD.replace('"true"', '"{a}"') + "[words]\na = []\n", "a list of words"),
         (GOOD.replace('["true"]', "[]"), "a list of words"), (GOOD.replace('["true"]', "[1]"), "a list of words"),
     ],
 )  # fmt: skip
@@ -152,6 +155,12 @@ def test_a_wrong_plan_is_said_in_one_line(tmp_path, text, words):
     with pytest.raises(UserError) as raised:
         read_plan(plan(tmp_path, text))
     assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_words_that_commands_share_are_spelt_out_once_and_only_whole_words(tmp_path):
+    text = '[words]\ngate = ["--steps", "{one}"]\none = "1"\n' + GOOD.replace('"true"', '"run", "{one}", "{gate}", "a{one}"')
+    (step,) = read_plan(plan(tmp_path, text))
+    assert step.command == ("run", "1", "--steps", "{one}", "a{one}")
 
 
 def test_a_plan_that_is_not_there(tmp_path):
