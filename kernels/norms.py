@@ -10,6 +10,7 @@ from torch import nn
 
 from kernels.contract import Needs
 from kernels.registry import unmet
+from kernels.swapping import is_watched
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -41,9 +42,7 @@ def of_another_dtype(weights: Mapping[str, torch.Tensor], run: Run) -> str | Non
 
 def is_one_weight(norm: nn.Module) -> bool:
     """Whether `norm` holds a parameter named weight and nothing else: no hooks and no forward that a swap would lose."""
-    if set(norm._parameters) != {"weight"} or norm._buffers or norm._modules or "forward" in norm.__dict__:
-        return False
-    return not any(norm.__dict__[key] for key in norm.__dict__ if key.endswith("_hooks") and "state_dict" not in key)
+    return set(norm._parameters) == {"weight"} and not norm._buffers and not norm._modules and not is_watched(norm)
 
 
 def epsilon(norm: nn.Module) -> float | None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kernels.norms import no_kernel_for, of_another_dtype
+from kernels.swapping import is_watched
 from loop.delta_net import Pack, PackedDeltaNet, QkvMixer
 
 from .reference import EPS
@@ -51,7 +52,7 @@ def mixing_layers(model: nn.Module) -> list[str]:
 def beyond_the_kernel(layer: PackedDeltaNet) -> str | None:
     """What the layer's convolution or heads are that the kernel can't compute, or None."""
     conv, columns = layer.conv1d, 2 * layer.key_dim + layer.value_dim
-    if type(conv) is not nn.Conv1d or any(conv.__dict__[key] for key in conv.__dict__ if key.endswith("_hooks")):
+    if type(conv) is not nn.Conv1d or is_watched(conv):
         return f"is a {type(conv).__name__} that is more than PyTorch's Conv1d, or carries hooks"
     if conv.weight.shape != (columns, 1, TAPS) or conv.dilation != (1,) or conv.stride != (1,):
         return f"has a weight of shape {list(conv.weight.shape)}; [{columns}, 1, {TAPS}] with step 1 is expected"

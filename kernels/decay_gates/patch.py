@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kernels.norms import DTYPES, no_kernel_for
+from kernels.swapping import is_watched
 from loop.delta_net import DecayGates, PackedDeltaNet
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def eligible(run: Run) -> str | None:
         return reason
     for name in names:
         layer = run.model.get_submodule(name)
-        if any(layer.gates.__dict__[key] for key in layer.gates.__dict__ if key.endswith("_hooks")):
-            return f"{name}.gates carries hooks, which a swap would lose"
+        if is_watched(layer.gates):
+            return f"{name}.gates carries hooks or a forward of its own, which a swap would lose"
         for parameter in ("A_log", "dt_bias"):
             if getattr(layer, parameter).dtype not in DTYPES:
                 return f"{name}.{parameter} is {getattr(layer, parameter).dtype}; the kernel takes {DTYPES}"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from kernels.swapping import is_watched
+
 from .kernel import Fp8Linear, uses_mma
 from .mma import ALIGNED, unavailable
 
@@ -58,8 +60,8 @@ def _obstacle(layer: nn.Module) -> str | None:
         return "is merged into its base weight"
     if layer.lora_variant:
         return f"is of the variant {', '.join(type(variant).__name__ for variant in layer.lora_variant.values())}"
-    if any(base.__dict__[hooks] for hooks in base.__dict__ if hooks.endswith("_hooks") and "state_dict" not in hooks):
-        return "has hooks on its base, which a swap would lose"
+    if is_watched(base):
+        return "has hooks on its base, or a forward of its own, which a swap would lose"
     if base.weight.dtype is not torch.bfloat16:
         return f"has its base in {base.weight.dtype}"
     return None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from kernels.swapping import is_watched
 from loop.lora import adapters
 
 from .kernel import MainGradLinear
@@ -42,7 +43,6 @@ def trained_linears(run: Run) -> list[str]:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether `module` is an nn.Linear that trains, and nothing watches its calls or its weight's gradient."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__ or not module.weight.requires_grad:
+    if type(module) is not nn.Linear or is_watched(module):
         return False
-    hooks = [value for key, value in module.__dict__.items() if key.endswith("_hooks") and "state_dict" not in key]
-    return not any(hooks) and not module.weight._backward_hooks
+    return module.weight.requires_grad and not module.weight._backward_hooks

@@ -9,6 +9,7 @@ from torch import nn
 from kernels.contract import Needs
 from kernels.full_ft_linear.kernel import MainGradLinear
 from kernels.registry import unmet
+from kernels.swapping import is_watched
 
 from .reference import cross_entropy_head
 
@@ -37,8 +38,7 @@ def _more_than_a_product(model: nn.Module) -> str | None:
         return f"the head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear (LoRA on it, say)"
     if head.bias is not None:
         return "the head has a bias"
-    hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
-    if any(hooks) or "forward" in vars(head):
+    if is_watched(head):
         return "the head has hooks or a forward of its own, which would no longer be called"
     if head.weight.dtype not in DTYPES:
         return f"the head's weight is {head.weight.dtype}, not one of {', '.join(map(str, DTYPES))}"

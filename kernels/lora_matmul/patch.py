@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from kernels.swapping import is_watched
 from loop.lora import Adapter, adapters
 
 from .kernel import FusedLora, Member, SharedInput, SharingLinear
@@ -82,10 +83,9 @@ def narrow_projections(model: nn.Module) -> list[str]:
 
 def _is_narrow(module: nn.Module) -> bool:
     """Whether nobody would notice the swap: it has no bias, trains nothing, and carries no hooks that a swap would lose."""
-    if type(module) is not nn.Linear or module.bias is not None or module.weight.requires_grad or "forward" in vars(module):
+    if type(module) is not nn.Linear or module.bias is not None or module.weight.requires_grad:
         return False
-    hooks = [value for key, value in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key]
-    return not any(hooks) and module.out_features <= NARROW_COLUMNS
+    return module.out_features <= NARROW_COLUMNS and not is_watched(module)
 
 
 def peft_adapters(model: nn.Module) -> list[Adapter]:

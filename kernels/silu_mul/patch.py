@@ -10,6 +10,7 @@ from torch import nn
 
 from kernels.contract import Needs
 from kernels.registry import unmet
+from kernels.swapping import is_watched
 from loop.run import Run
 
 from .reference import silu_mul_reference
@@ -57,9 +58,7 @@ def is_gated_silu_mlp(module: nn.Module) -> bool:
         return False
     if any((*module.parameters(recurse=False), *module.buffers(recurse=False))):
         return False
-    if any(module.__dict__[hooks] for hooks in module.__dict__ if hooks.endswith("_hooks") and "state_dict" not in hooks):
-        return False
-    if len(inspect.signature(type(module).forward).parameters) != 2 or "forward" in module.__dict__:
+    if len(inspect.signature(type(module).forward).parameters) != 2 or is_watched(module):
         return False
     gate, up = torch.linspace(-6.0, 6.0, 16, device="cpu"), torch.linspace(3.0, -2.0, 16, device="cpu")
     probe = copy.copy(module)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kernels.contract import Needs
 from kernels.registry import unmet
+from kernels.swapping import is_watched
 from loop.lora import adapters
 
 from . import table
@@ -74,9 +75,7 @@ def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether `module` is an nn.Linear without a bias, and nothing watches its calls, which a swap would lose."""
-    if type(module) is not nn.Linear or module.bias is not None or "forward" in module.__dict__:
-        return False
-    return not any(value for key, value in module.__dict__.items() if key.endswith("_hooks") and "state_dict" not in key)
+    return type(module) is nn.Linear and module.bias is None and not is_watched(module)
 
 
 def _rows(run: Run) -> int:

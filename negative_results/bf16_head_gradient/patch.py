@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from kernels.linear_cross_entropy.patch import AFTER_THE_HEAD
+from kernels.swapping import is_watched
 from loop.model import cross_entropy_head
 
 from .kernel import head
@@ -30,8 +31,7 @@ def beyond_a_product(run: Run) -> str | None:
     output = run.model.get_output_embeddings()
     if type(output) is not nn.Linear or output.bias is not None:
         return f"the head is no plain nn.Linear without a bias but {output}"
-    hooks = (output._forward_pre_hooks, output._forward_hooks, output._backward_pre_hooks, output._backward_hooks)
-    if any(hooks) or "forward" in vars(output):
+    if is_watched(output):
         return "the head has hooks or a forward of its own, which would no longer be called"
     config = run.model.config.get_text_config()
     scaled = [name for name in AFTER_THE_HEAD if getattr(config, name, None) not in (None, 1)]

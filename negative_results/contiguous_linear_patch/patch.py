@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from kernels.swapping import is_watched
+
 from .kernel import ContiguousLinear
 
 if TYPE_CHECKING:
@@ -27,9 +29,4 @@ def apply(run: Run) -> None:
 
 def plain_linears(model: nn.Module) -> list[str]:
     """Names of the layers that `apply` swaps, in the model's order: nn.Linear itself, whose calls nothing watches."""
-    return [name for name, module in model.named_modules() if name and type(module) is nn.Linear and not _watched(module)]
-
-
-def _watched(module: nn.Module) -> bool:
-    hooks = [value for key, value in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key]
-    return any(hooks) or "forward" in vars(module)
+    return [name for name, module in model.named_modules() if name and type(module) is nn.Linear and not is_watched(module)]

@@ -8,6 +8,7 @@ from torch import nn
 from kernels.contract import Needs
 from kernels.registry import unmet
 from kernels.silu_mul.patch import gated_mlps
+from kernels.swapping import is_watched
 from loop.run import Run
 
 
@@ -48,12 +49,7 @@ def _more_than_a_product(linear: nn.Module) -> str | None:
         return f"is a {type(linear).__module__}.{type(linear).__name__}, not a plain nn.Linear (LoRA on it, say)"
     if linear.bias is not None:
         return "has a bias"
-    hooks = [value for key, value in vars(linear).items() if key.endswith("_hooks") and "state_dict" not in key]
-    return (
-        "has hooks or a forward of its own, which would no longer be called"
-        if any(hooks) or "forward" in vars(linear)
-        else None
-    )
+    return "has hooks or a forward of its own, which would no longer be called" if is_watched(linear) else None
 
 
 def apply(run: Run) -> None:

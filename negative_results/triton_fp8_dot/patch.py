@@ -9,6 +9,7 @@ from torch import nn
 
 from kernels.contract import Needs
 from kernels.registry import unmet
+from kernels.swapping import is_watched
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -43,8 +44,7 @@ def projections(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = []
     for name, module in model.named_modules():
-        plain = name and type(module) is nn.Linear and module is not head and "forward" not in vars(module)
-        hooks = [value for key, value in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key]
-        if plain and not any(hooks) and not any(part in ADAPTERS for part in name.split(".")):
+        plain = name and type(module) is nn.Linear and module is not head and not is_watched(module)
+        if plain and not any(part in ADAPTERS for part in name.split(".")):
             found.append(name)
     return found

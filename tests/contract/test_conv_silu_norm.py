@@ -410,7 +410,7 @@ def test_reasons_are_in_words(monkeypatch):
     handle = conv.register_forward_hook(lambda module, arguments, output: output)
     assert "carries hooks" in eligible(run)
     handle.remove()
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     assert "TRITON_INTERPRET=1" in eligible(SimpleNamespace(model=run.model, device=torch.device("cpu")))
 
 

@@ -262,7 +262,7 @@ def test_reasons_are_in_words(monkeypatch):
     assert "the kernel takes torch.bfloat16" in eligible(run)
     run.dtype = torch.float32
     assert eligible(run) is None
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     assert "TRITON_INTERPRET=1" in eligible(SimpleNamespace(model=run.model, device=torch.device("cpu")))
 
 

@@ -325,7 +325,7 @@ def test_reasons_are_in_words(monkeypatch):
     assert eligible(run) == "0.weight is torch.float32, but the run computes in torch.bfloat16; the kernel takes one dtype"
     run.dtype = torch.float64
     assert "the kernel takes torch.bfloat16" in eligible(run)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     assert "TRITON_INTERPRET=1" in eligible(SimpleNamespace(model=run.model, device=torch.device("cpu")))
 
 

@@ -204,6 +204,6 @@ def test_reasons_are_in_words(monkeypatch):
     assert eligible(plain) == "Sequential has no MLP of the form down_proj(silu(gate_proj(x)) * up_proj(x))"
     with pytest.raises(ValueError, match="Sequential"):
         apply(plain)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     reason = eligible(SimpleNamespace(model=GatedMLP(), device=torch.device("cpu")))
     assert "TRITON_INTERPRET=1" in reason

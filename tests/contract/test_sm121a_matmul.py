@@ -337,7 +337,7 @@ def test_refuses_with_the_reason(tmp_path, monkeypatch):
     assert "no shape of this model" in eligible(run, other_rows)
     biased = SimpleNamespace(model=nn.Sequential(nn.Linear(2, 2)), device=DEVICE, config=run.config)
     assert eligible(biased, engine) == "Sequential has no plain nn.Linear without a bias"
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     assert "TRITON_INTERPRET=1" in eligible(SimpleNamespace(model=run.model, device=torch.device("cpu")), engine)
 
 
