@@ -87,7 +87,7 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _launch(kernel: triton.JITFunction, result: Tensor, *sides: Tensor) -> None:
+def launch(kernel: triton.JITFunction, result: Tensor, *sides: Tensor, warps: int = WARPS) -> None:
     """Runs an elementwise kernel over tensors of one shape, into a contiguous result, on the device that they are on."""
     if result.numel() == 0:
         return
@@ -97,13 +97,13 @@ def _launch(kernel: triton.JITFunction, result: Tensor, *sides: Tensor) -> None:
     programs = triton.cdiv(T, tile["ROWS"]) * triton.cdiv(N, tile["BLOCK"])
     device = torch.cuda.device(result.device) if result.is_cuda else contextlib.nullcontext()
     with device:
-        kernel[(programs,)](*rows, result, T, N, *(side.stride(0) for side in rows), **tile, num_warps=WARPS)
+        kernel[(programs,)](*rows, result, T, N, *(side.stride(0) for side in rows), **tile, num_warps=warps)
 
 
 @torch.library.custom_op("isoloss::silu_mul", mutates_args=())
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    _launch(_forward_kernel, y, gate, up)
+    launch(_forward_kernel, y, gate, up)
     return y
 
 
@@ -112,7 +112,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-def _both(x: Tensor) -> Tensor:
+def both(x: Tensor) -> Tensor:
     """[..., 2 N] for x [..., N]; [2] for a scalar."""
     return torch.empty((*x.shape[:-1], 2 * (x.shape[-1] if x.ndim else 1)), dtype=x.dtype, device=x.device)
 
@@ -120,14 +120,14 @@ def _both(x: Tensor) -> Tensor:
 @torch.library.custom_op("isoloss::silu_mul_backward", mutates_args=())
 def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """dgate and dup side by side, [..., 2 N]: a product that wants both, as that for dx of an MLP, finds them in one."""
-    dboth = _both(gate)
-    _launch(_backward_kernel, dboth, dy, gate, up)
+    dboth = both(gate)
+    launch(_backward_kernel, dboth, dy, gate, up)
     return dboth
 
 
 @_backward.register_fake
 def _(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return _both(gate)
+    return both(gate)
 
 
 def _save_inputs(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
