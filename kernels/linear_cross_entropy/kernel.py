@@ -29,7 +29,6 @@ TILE_INTERPRETED = 1 << 16  # the interpreter's cost is per step of a program, n
 CHUNK_BYTES = 1 << 30  # of logits at a time
 CHUNK_LEAST_ROWS = 1024  # whatever they take: every chunk reads the whole head, and a product of few rows is bound by that
 CHUNK_MULTIPLE = 128  # rows of a product's tile
-TILE_COLUMNS = 192  # and its columns, of the rows' gradient: what cuBLAS takes on Hopper
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -111,23 +110,15 @@ def cross_entropy_rows_(logits: Tensor, labels: Tensor, losses: Tensor, gradient
         )  # fmt: skip
 
 
-def rows_a_chunk(rows: int, width: int, vocabulary: int, itemsize: int, processors: int) -> int:
-    """How many of `rows`, [rows, width], go through the head at once, on a device of so many multiprocessors, 0 for a CPU.
+def rows_a_chunk(rows: int, vocabulary: int, itemsize: int) -> int:
+    """How many of `rows` go through the head at once: as few chunks as the limit allows, all of about one size.
 
-    The limit is what CHUNK_BYTES of logits are, but CHUNK_LEAST_ROWS however wide the vocabulary is. Where not all fit, a
-    chunk has as many as make whole waves of tiles of the rows' gradient, which has few of them and sums over the vocabulary:
-    one tile more than multiprocessors takes twice as long. Where not even a wave fits, chunks are of about one size.
+    The limit is what CHUNK_BYTES of logits are, but CHUNK_LEAST_ROWS however wide the vocabulary is. A chunk's rows are a
+    multiple of CHUNK_MULTIPLE where the limit leaves room for that.
     """
     most = max(CHUNK_LEAST_ROWS, CHUNK_BYTES // (vocabulary * itemsize))
-    wave = processors // math.ceil(width / TILE_COLUMNS) * CHUNK_MULTIPLE
-    if 0 < wave <= most < rows:
-        return most // wave * wave
     even = math.ceil(rows / math.ceil(rows / most))
     return min(most, math.ceil(even / CHUNK_MULTIPLE) * CHUNK_MULTIPLE)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def _product(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
@@ -151,7 +142,7 @@ def _forward(
     d_weight = torch.empty(weight.shape if want_d_weight else 0, dtype=torch.float32, device=rows.device)
     if not len(rows):
         return losses.sum(), d_rows, d_weight.zero_()
-    size = min(len(rows), rows_a_chunk(*rows.shape, len(weight), weight.itemsize, _processors(rows.device)))
+    size = min(len(rows), rows_a_chunk(len(rows), len(weight), weight.itemsize))
     memory = torch.empty(size, len(weight), dtype=weight.dtype, device=weight.device)
     labels = labels.contiguous()
     for start in range(0, len(rows), size):

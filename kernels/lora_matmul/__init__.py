@@ -17,10 +17,8 @@ OPTIMIZATION = Optimization(
     apply=patch.apply,
     op=op.lora_op(
         Workload("q, k, v 2B", {"T": 5376, "D_in": 2048, "R": 128, "O1": 4096, "O2": 512, "O3": 512}),
-        Workload("gate, up 2B", {"T": 5376, "D_in": 2048, "R": 128, "O1": 6144, "O2": 6144, "STACKED": 1}),
-        Workload(
-            "in_proj 2B", {"T": 5376, "D_in": 2048, "R": 128, "O1": 6144, "O2": 2048, "P1": 16, "P2": 16, "STACKED": 1}
-        ),
+        Workload("gate, up 2B", {"T": 5376, "D_in": 2048, "R": 128, "O1": 6144, "O2": 6144}),
+        Workload("in_proj 2B", {"T": 5376, "D_in": 2048, "R": 128, "O1": 6144, "O2": 2048, "P1": 16, "P2": 16}),
         Workload("down_proj 2B", {"T": 5376, "D_in": 6144, "R": 128, "O1": 2048}),
         Workload("gate, up 2B, rank 16, short", {"T": 512, "D_in": 2048, "R": 16, "O1": 6144, "O2": 6144}),
         Workload("small", {"T": 96, "D_in": 64, "R": 16, "O1": 160, "O2": 32, "O3": 32}, "float32", small=True),

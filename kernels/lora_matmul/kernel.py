@@ -11,8 +11,7 @@ For projections i of one x [T, in], with W_i [out_i, in], A_i [rank_i, in], B_i 
 
 Narrow frozen projections P_j [out_j, in] of the same x, which have no adapter, are more rows of A to h and dx: x P_j^T is a
 part of h, dy_j one of g. In fp32 each projection has skinny products of its own. B A [out, in] is never formed; the frozen W
-and P get no gradient. W_i that lie one below another in memory are one product, whose columns the y_i are, and so are dy_i
-that lie side by side: a product of few columns leaves many multiprocessors idle in its last wave of tiles.
+and P get no gradient.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ def lora_matmul(
 ) -> tuple[Tensor, ...]:
     """x W_i^T + bias_i + s_i (adapted A_i^T) B_i^T for every i, then x P_j^T for every P_j of plain.
 
-    x [..., in]; weights [out_i, in] and biases [out_i] or None, both frozen; a [rank_i, in]; b [out_i, rank_i]; one floating
-    dtype and device, any strides. adapted [..., in]: what the adapters see instead of x, an x with dropout. plain: weights
-    [out_j, in] of frozen projections without adapters, small beside x. Returns [..., out_i] and [..., out_j], whose columns
-    lie side by side: contiguous, or, of weights that lie one below another, parts of one tensor. Differentiable once in x,
-    adapted, a and b; weights, biases and plain get no gradient. Raises ValueError for adapted and plain together.
+    x [..., in]; weights [out_i, in] and biases [out_i] or None, both frozen; a [rank_i, in]; b [out_i, rank_i]; one
+    floating dtype and device, any strides. adapted [..., in]: what the adapters see instead of x, an x with dropout. plain:
+    weights [out_j, in] of frozen projections without adapters, small beside x. Returns contiguous [..., out_i] and
+    [..., out_j]. Differentiable once in x, adapted, a and b; weights, biases and plain get no gradient. Raises ValueError
+    for adapted and plain together.
     """
     if plain and adapted is not None:
         raise ValueError("lora_matmul: plain projections see x, which adapters with an input of their own do not")
@@ -62,8 +61,7 @@ class _LoraMatmul(torch.autograd.Function):
         weights, biases, a, b, plain = _in_five(rest, len(scalings))
         h = _skinny(x if adapted is None else adapted, [*a, *plain])
         h, narrow = h[: len(a)], h[len(a) :]
-        bases = _bases(x, weights, biases)
-        outputs = [_adapted(*part) for part in zip(bases, h, b, scalings, strict=True)]
+        outputs = [_output(x, *part) for part in zip(weights, biases, h, b, scalings, strict=True)]
         ctx.scalings = scalings
         ctx.save_for_backward(x, adapted, *weights, *a, *b, *h, *plain)
         ctx.set_materialize_grads(False)
@@ -82,8 +80,8 @@ class _LoraMatmul(torch.autograd.Function):
         narrow = [_Narrow(*part) for part in zip(dy[count:], plain, strict=True) if needs_x and part[0] is not None]
         seen, dx, d_adapted, da, db = x if adapted is None else adapted, None, None, [None] * count, [None] * count
         if needs_x:
-            for side, weight in _products([part.dy for part in used], [part.weight for part in used]):
-                dx = _plus(dx, side, weight)
+            for part in used:
+                dx = _plus(dx, part.dy, part.weight)
         for group in _bundles([*used, *narrow], x.dtype):
             g = _joined([part.g() for part in group], dim=1)  # [T, ranks and narrow outputs]
             a = _joined([part.a for part in group], dim=0)
@@ -98,47 +96,13 @@ class _LoraMatmul(torch.autograd.Function):
         return None, dx, d_adapted, *[None] * (2 * count), *da, *db, *[None] * len(plain)
 
 
-def _bases(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """x W_i^T + bias_i for every i."""
-    together = joined_in_place(weights, dim=0) if not any(bias is not None for bias in biases) else None
-    if together is None:
-        return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return F.linear(x, together).split([len(weight) for weight in weights], dim=1)
-
-
-def _adapted(base: Tensor, h: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """base + s h B^T, the base rounded before the adapter's product is added: that is PEFT's order.
+def _output(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """x W^T + bias + s h B^T, the base rounded before the adapter's product is added: that is PEFT's order.
 
     The other order reads the output once less, but it is another training run. What is below half an ulp of the base's
     output rounds away here as in PEFT, which early in a run is most of what an adapter does.
     """
-    return base.addmm_(h, b.t(), alpha=scaling)
-
-
-def _products(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
-    """The products whose sum is that of dy_i W_i: one, where all dy_i lie side by side and all W_i one below another."""
-    side, below = joined_in_place(dys, dim=1), joined_in_place(weights, dim=0)
-    if side is None or below is None:
-        return list(zip(dys, weights, strict=True))
-    return [(side, below)]
-
-
-def joined_in_place(parts: Sequence[Tensor], dim: int) -> Tensor | None:
-    """What `torch.cat(parts, dim)` would copy, as a view of the storage in which several matrices [n, m] lie one behind
-    another; None where they don't. Asked of the tensors at every call, so nothing need be kept in step with them."""
-    if len(parts) < 2:
-        return None
-    first, sizes = parts[0], [0, 0]
-    sizes[1 - dim] = first.shape[1 - dim]
-    for part in parts:
-        follows = part.storage_offset() == first.storage_offset() + sizes[dim] * first.stride(dim)
-        alike = part.stride() == first.stride() and part.shape[1 - dim] == first.shape[1 - dim]
-        if not (follows and alike and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()):
-            return None
-        sizes[dim] += part.shape[dim]
-    if dim == 1 and sizes[1] * first.stride(1) > first.stride(0):
-        return None  # a row would run into the next
-    return first.as_strided(sizes, first.stride())
+    return F.linear(x, weight, bias).addmm_(h, b.t(), alpha=scaling)
 
 
 class _Part(NamedTuple):
@@ -298,25 +262,6 @@ class SharedInput:
     @property
     def members(self) -> tuple[Member, ...]:
         return (*self.adapted, *self.plain)
-
-    def stack(self) -> None:
-        """Moves the base weights one below another in memory, for one product of them all. The parameters stay the same
-        objects, with the same values; what they held before is given back. Not in fp32, where the length of a product's
-        rows may show in the order of its sums, nor with biases."""
-        bases = [member.base_layer for member in self.adapted]
-        weights = [base.weight for base in bases]
-        alike = {(weight.dtype, weight.device, weight.shape[1]) for weight in weights}
-        if (
-            len(bases) < 2
-            or len(alike) > 1
-            or weights[0].dtype not in NARROW
-            or any(base.bias is not None for base in bases)
-        ):
-            return
-        with torch.no_grad():
-            together = torch.cat(weights)
-        for weight, part in zip(weights, together.split([len(weight) for weight in weights]), strict=True):
-            weight.data = part
 
     def output(self, member: Member, x: Tensor) -> Tensor:
         """What `member` makes of x."""

@@ -14,13 +14,12 @@ from .kernel import FusedLora, SharedInput, SharingLinear
 
 def lora_op(*workloads: Workload) -> Op:
     """T rows of D_in features into projections of O1, O2, ... features that share them, adapters of rank R; and of P1, P2,
-    ... features that have none. With STACKED: 1 the base weights lie one below another."""
+    ... features that have none."""
     return Op(_reference, _candidate, _inputs, workloads, _bytes_moved, _flops)
 
 
-def fused(layers: nn.ModuleList, stacked: bool = False) -> nn.ModuleList:
-    """The layers of `reference.peft_layers`, and Linears, as members of one SharedInput, over the same parameters, whose
-    base weights then perhaps lie one below another."""
+def fused(layers: nn.ModuleList) -> nn.ModuleList:
+    """The layers of `reference.peft_layers`, and Linears, as members of one SharedInput, over the same parameters."""
     members = nn.ModuleList()
     for layer in layers:
         if type(layer) is nn.Linear:
@@ -29,9 +28,7 @@ def fused(layers: nn.ModuleList, stacked: bool = False) -> nn.ModuleList:
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         p = getattr(layer.lora_dropout["default"], "p", 0.0)
         members.append(FusedLora(layer.base_layer, a, b, layer.scaling["default"], p))
-    shared = SharedInput(members)
-    if stacked:
-        shared.stack()
+    SharedInput(members)
     return members
 
 
@@ -59,7 +56,7 @@ def _inputs(workload: Workload, device: torch.device, seed: int) -> tuple[Any, .
     a, b = [normal(R, D, scale=D**-0.5) for _ in outs], [normal(out, R, scale=R**-0.5) for out in outs]
     layers = peft_layers(bases[: len(outs)], a, b, alpha=2.0 * R)
     layers.extend(base.requires_grad_(False) for base in bases[len(outs) :])
-    return normal(T, D).requires_grad_(), layers, fused(layers, bool(workload.shape.get("STACKED")))
+    return normal(T, D).requires_grad_(), layers, fused(layers)
 
 
 def _sizes(workload: Workload) -> tuple[int, int, int, list[int], list[int]]:

@@ -22,8 +22,6 @@ SHARE_AN_INPUT = (
     frozenset({"gate_proj", "up_proj"}),
     frozenset({"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}),
 )
-# Of these, the ones whose outputs go to what reads rows at any distance; others would be copied first.
-STACKED = SHARE_AN_INPUT[1:]
 
 
 def eligible(run: Run) -> str | None:
@@ -48,9 +46,7 @@ def apply(run: Run) -> None:
         _replace(run.model, adapter.name, members[adapter.name].train(adapter.module.training))
     members |= {name: SharingLinear(run.model.get_submodule(name)) for name in narrow_projections(run.model)}
     for group in groups(members):
-        shared = SharedInput([members[name] for name in group])
-        if _kind(group[0].rpartition(".")[2]) in STACKED:
-            shared.stack()
+        SharedInput([members[name] for name in group])
         for name in group:
             if isinstance(members[name], SharingLinear):
                 _replace(run.model, name, members[name])

@@ -1,4 +1,4 @@
-"""The silu_mul kernels as a launch compiles them, for rows and strides that are divisible by 16."""
+"""The silu_mul kernels as a launch on contiguous tensors compiles them, with a size divisible by 16."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from . import kernel
 
 POINTERS = {
     kernel._forward_kernel: ("p_gate", "p_up", "p_y"),
-    kernel._backward_kernel: ("p_dy", "p_gate", "p_up", "p_dboth"),
-}
-SIZES = {
-    kernel._forward_kernel: ("T", "N", "gate_stride", "up_stride"),
-    kernel._backward_kernel: ("T", "N", "dy_stride", "gate_stride", "up_stride"),
+    kernel._backward_kernel: ("p_dy", "p_gate", "p_up", "p_dgate", "p_dup"),
 }
 # 64 registers: 8 blocks of 4 warps on an SM, half of its threads, which is enough to keep memory busy
 EXPECTED = Expected(registers=64, shared_bytes=0, narrow_accesses=0)
@@ -21,10 +17,10 @@ CASES = tuple(
     CompileCase(
         name=f"{function.__name__.strip('_').removesuffix('_kernel')}, {dtype}",
         kernel=function,
-        signature={pointer: f"*{dtype}" for pointer in pointers} | dict.fromkeys(SIZES[function], "i32"),
+        signature={pointer: f"*{dtype}" for pointer in pointers} | {"size": "i32"},
         expected=EXPECTED,
-        constexprs={"ROWS": 1, "BLOCK": kernel.BLOCK},
-        multiples_of_16=SIZES[function],
+        constexprs={"BLOCK": kernel.BLOCK},
+        multiples_of_16=("size",),
         options={"num_warps": kernel.WARPS},
     )
     for function, pointers in POINTERS.items()

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-BLOCK = 1024  # elements of a program, 4 warps x 8 a thread: one 16-byte load of bf16
+BLOCK = 1024  # 4 warps x 8 elements a thread: one 16-byte load of bf16
 BLOCK_INTERPRETED = 1 << 18  # the interpreter's cost is per program, not per element
 WARPS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,69 +41,44 @@ def _sigmoid_and_silu(b_gate, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _tile(T, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [ROWS, 1], columns [1, BLOCK] of a program, and which of its elements there are."""
-    columns = tl.cdiv(N, BLOCK)
+def _forward_kernel(p_gate, p_up, p_y, size, BLOCK: tl.constexpr):
     # int64: an activation may hold more than 2^31 elements
-    o_t = (tl.program_id(0) // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_n = (tl.program_id(0) % columns) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return o_t, o_n, (o_t < T) & (o_n < N)
-
-
-@triton.jit
-def _forward_kernel(p_gate, p_up, p_y, T, N, gate_stride, up_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    o_t, o_n, m_tile = _tile(T, N, ROWS, BLOCK)
-    b_gate = tl.load(p_gate + o_t * gate_stride + o_n, mask=m_tile, other=0.0).to(tl.float32)
-    b_up = tl.load(p_up + o_t * up_stride + o_n, mask=m_tile, other=0.0).to(tl.float32)
+    o_block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_block = o_block < size
+    b_gate = tl.load(p_gate + o_block, mask=m_block, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o_block, mask=m_block, other=0.0).to(tl.float32)
     _, b_silu = _sigmoid_and_silu(b_gate, p_gate.dtype.element_ty == tl.float32)
-    tl.store(p_y + o_t * N + o_n, (b_silu * b_up).to(p_y.dtype.element_ty), mask=m_tile)
+    tl.store(p_y + o_block, (b_silu * b_up).to(p_y.dtype.element_ty), mask=m_block)
 
 
 @triton.jit
-def _backward_kernel(
-    p_dy, p_gate, p_up, p_dboth, T, N, dy_stride, gate_stride, up_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    o_t, o_n, m_tile = _tile(T, N, ROWS, BLOCK)
-    b_dy = tl.load(p_dy + o_t * dy_stride + o_n, mask=m_tile, other=0.0).to(tl.float32)
-    b_gate = tl.load(p_gate + o_t * gate_stride + o_n, mask=m_tile, other=0.0).to(tl.float32)
-    b_up = tl.load(p_up + o_t * up_stride + o_n, mask=m_tile, other=0.0).to(tl.float32)
+def _backward_kernel(p_dy, p_gate, p_up, p_dgate, p_dup, size, BLOCK: tl.constexpr):
+    o_block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_block = o_block < size
+    b_dy = tl.load(p_dy + o_block, mask=m_block, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + o_block, mask=m_block, other=0.0).to(tl.float32)
+    b_up = tl.load(p_up + o_block, mask=m_block, other=0.0).to(tl.float32)
     b_sigmoid, b_silu = _sigmoid_and_silu(b_gate, p_gate.dtype.element_ty == tl.float32)
     b_dgate = b_dy * b_up * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
-    p_dgate = p_dboth + o_t * (2 * N) + o_n
-    tl.store(p_dgate, b_dgate.to(p_dboth.dtype.element_ty), mask=m_tile)
-    tl.store(p_dgate + N, (b_dy * b_silu).to(p_dboth.dtype.element_ty), mask=m_tile)
+    tl.store(p_dgate + o_block, b_dgate.to(p_dgate.dtype.element_ty), mask=m_block)
+    tl.store(p_dup + o_block, (b_dy * b_silu).to(p_dup.dtype.element_ty), mask=m_block)
 
 
-def tiling(T: int, N: int) -> dict[str, int]:
-    """A program's share of T rows of N: a part of one row, or several short ones."""
-    elements = BLOCK_INTERPRETED if INTERPRETED.value else BLOCK
-    block = min(triton.next_power_of_2(N), elements)
-    return {"ROWS": min(elements // block, triton.next_power_of_2(T)), "BLOCK": block}
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [..., N] as [T, N] whose columns lie side by side: a view wherever the strides allow one."""
-    rows = x.reshape(-1, x.shape[-1] if x.ndim else 1)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def launch(kernel: triton.JITFunction, result: Tensor, *sides: Tensor, warps: int = WARPS) -> None:
-    """Runs an elementwise kernel over tensors of one shape, into a contiguous result, on the device that they are on."""
-    if result.numel() == 0:
+def _launch(kernel: triton.JITFunction, *tensors: Tensor) -> None:
+    """Runs an elementwise kernel over contiguous tensors of one size, on the device that they are on."""
+    size = tensors[0].numel()
+    if size == 0:
         return
-    rows = [_rows(side) for side in sides]
-    T, N = rows[0].shape
-    tile = tiling(T, N)
-    programs = triton.cdiv(T, tile["ROWS"]) * triton.cdiv(N, tile["BLOCK"])
-    device = torch.cuda.device(result.device) if result.is_cuda else contextlib.nullcontext()
+    block = min(triton.next_power_of_2(size), BLOCK_INTERPRETED) if INTERPRETED.value else BLOCK
+    device = torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else contextlib.nullcontext()
     with device:
-        kernel[(programs,)](*rows, result, T, N, *(side.stride(0) for side in rows), **tile, num_warps=warps)
+        kernel[(triton.cdiv(size, block),)](*tensors, size, BLOCK=block, num_warps=WARPS)
 
 
 @torch.library.custom_op("isoloss::silu_mul", mutates_args=())
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    launch(_forward_kernel, y, gate, up)
+    _launch(_forward_kernel, gate.contiguous(), up.contiguous(), y)
     return y
 
 
@@ -112,22 +87,20 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-def both(x: Tensor) -> Tensor:
-    """[..., 2 N] for x [..., N]; [2] for a scalar."""
-    return torch.empty((*x.shape[:-1], 2 * (x.shape[-1] if x.ndim else 1)), dtype=x.dtype, device=x.device)
-
-
 @torch.library.custom_op("isoloss::silu_mul_backward", mutates_args=())
-def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """dgate and dup side by side, [..., 2 N]: a product that wants both, as that for dx of an MLP, finds them in one."""
-    dboth = both(gate)
-    launch(_backward_kernel, dboth, dy, gate, up)
-    return dboth
+def _backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+    _launch(_backward_kernel, dy.contiguous(), gate.contiguous(), up.contiguous(), dgate, dup)
+    return dgate, dup
 
 
 @_backward.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return both(gate)
+def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),
+        torch.empty(up.shape, dtype=up.dtype, device=up.device),
+    )
 
 
 def _save_inputs(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -135,8 +108,7 @@ def _save_inputs(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = _backward(dy, *ctx.saved_tensors).chunk(2, dim=-1)
-    return dgate.view(dy.shape), dup.view(dy.shape)
+    return _backward(dy, *ctx.saved_tensors)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_inputs)
@@ -146,8 +118,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, with fp32 arithmetic inside and one rounding at the end.
 
     gate, up: one shape [...], one dtype (bfloat16, float16 or float32), one device (CUDA, or CPU in Triton's interpreter);
-    any strides, the result is contiguous. Differentiable once in both; the gradients are views
-    of one tensor, the gate's before the other's in every row. Raises ValueError for anything else.
+    any strides, the result is contiguous. Differentiable once in both. Raises ValueError for anything else.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         sides = " and ".join(f"{list(side.shape)} {side.dtype} on {side.device}" for side in (gate, up))

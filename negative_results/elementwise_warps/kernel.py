@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+import triton
 from torch import Tensor
 
 from kernels.silu_mul import kernel as silu_mul
@@ -10,10 +13,21 @@ from kernels.silu_mul import kernel as silu_mul
 CHOICES = (1, 2, 4, 8, 16, 32)  # all that CUDA's 1024 threads a block allow
 
 
+def _launch(kernel: triton.JITFunction, warps: int, *tensors: Tensor) -> None:
+    size = tensors[0].numel()
+    if size == 0:
+        return
+    interpreted = silu_mul.INTERPRETED.value
+    block = min(triton.next_power_of_2(size), silu_mul.BLOCK_INTERPRETED) if interpreted else silu_mul.BLOCK
+    device = torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else contextlib.nullcontext()
+    with device:
+        kernel[(triton.cdiv(size, block),)](*tensors, size, BLOCK=block, num_warps=warps)
+
+
 @torch.library.custom_op("isoloss::silu_mul_warps", mutates_args=())
 def _forward(gate: Tensor, up: Tensor, warps: int) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    silu_mul.launch(silu_mul._forward_kernel, y, gate, up, warps=warps)
+    _launch(silu_mul._forward_kernel, warps, gate.contiguous(), up.contiguous(), y)
     return y
 
 
@@ -23,15 +37,16 @@ def _(gate: Tensor, up: Tensor, warps: int) -> Tensor:
 
 
 @torch.library.custom_op("isoloss::silu_mul_warps_backward", mutates_args=())
-def _backward(dy: Tensor, gate: Tensor, up: Tensor, warps: int) -> Tensor:
-    dboth = silu_mul.both(gate)
-    silu_mul.launch(silu_mul._backward_kernel, dboth, dy, gate, up, warps=warps)
-    return dboth
+def _backward(dy: Tensor, gate: Tensor, up: Tensor, warps: int) -> tuple[Tensor, Tensor]:
+    dgate, dup = (torch.empty(side.shape, dtype=side.dtype, device=side.device) for side in (gate, up))
+    _launch(silu_mul._backward_kernel, warps, dy.contiguous(), gate.contiguous(), up.contiguous(), dgate, dup)
+    return dgate, dup
 
 
 @_backward.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor, warps: int) -> Tensor:
-    return silu_mul.both(gate)
+def _(dy: Tensor, gate: Tensor, up: Tensor, warps: int) -> tuple[Tensor, Tensor]:
+    dgate, dup = (torch.empty(side.shape, dtype=side.dtype, device=side.device) for side in (gate, up))
+    return dgate, dup
 
 
 def _save(ctx, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -40,8 +55,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
 
 
 def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-    dgate, dup = _backward(dy, *ctx.saved_tensors, ctx.warps).chunk(2, dim=-1)
-    return dgate.view(dy.shape), dup.view(dy.shape), None
+    return *_backward(dy, *ctx.saved_tensors, ctx.warps), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -97,7 +97,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, bool], output: tuple[Tensor
 
 def _differentiate(ctx, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     x, gate_weight, up_weight, gate, up = ctx.saved_tensors
-    d_gate, d_up = silu_mul_backward(dy, gate, up).chunk(2, dim=1)
+    d_gate, d_up = silu_mul_backward(dy, gate, up)
     needs_x, needs_gate, needs_up, _ = ctx.needs_input_grad
     dx = torch.addmm(d_gate @ gate_weight, d_up, up_weight) if needs_x else None
     return dx, d_gate.t() @ x if needs_gate else None, d_up.t() @ x if needs_up else None, None

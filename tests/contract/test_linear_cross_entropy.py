@@ -56,7 +56,7 @@ def in_chunks_of(monkeypatch, size: int) -> list[int]:
         ran.append(len(logits))
         original(logits, labels, losses, gradient)
 
-    monkeypatch.setattr(kernel, "rows_a_chunk", lambda *sizes: size)
+    monkeypatch.setattr(kernel, "rows_a_chunk", lambda rows, vocabulary, itemsize: size)
     monkeypatch.setattr(kernel, "cross_entropy_rows_", recorded)
     return ran
 
@@ -251,31 +251,15 @@ def test_bf16_gradients_are_rounded_once():
 def test_rows_of_a_chunk():
     vocabulary = PACK_2B["V"]
     for itemsize in (2, 4):
-        most = max(1024, kernel.CHUNK_BYTES // (vocabulary * itemsize))
-        assert 1024 <= rows_a_chunk(5376, 2048, vocabulary, itemsize, 0) <= most
-    assert rows_a_chunk(5376, 2048, vocabulary, 2, 0) == 1792  # three of one size
-    assert rows_a_chunk(40, 64, 331, 4, 0) == 128
-    for entries in (331, 32_000, vocabulary, 50_000_000):
-        most = max(1024, kernel.CHUNK_BYTES // (entries * 2))
+        assert 1024 <= rows_a_chunk(5376, vocabulary, itemsize) <= max(1024, kernel.CHUNK_BYTES // (vocabulary * itemsize))
+    assert rows_a_chunk(5376, vocabulary, 2) == 1792  # three of one size
+    assert rows_a_chunk(40, 331, 4) == 128
+    for width in (331, 32_000, vocabulary, 50_000_000):
+        most = max(1024, kernel.CHUNK_BYTES // (width * 2))
         for rows in (1, 1023, 1025, 2163, 4325, 99_999):
-            size = rows_a_chunk(rows, 2048, entries, 2, 0)
+            size = rows_a_chunk(rows, width, 2)
             assert size <= most and math.ceil(rows / size) == math.ceil(rows / most)
             assert size % kernel.CHUNK_MULTIPLE == 0 or size == most
-
-
-def test_on_a_gpu_a_chunk_s_gradient_fills_its_waves_of_tiles():
-    vocabulary = PACK_2B["V"]
-    assert rows_a_chunk(5376, 2048, vocabulary, 2, 132) == 1536  # 12 tiles high and 11 wide: each multiprocessor has one
-    assert rows_a_chunk(2048, 2048, vocabulary, 2, 132) >= 2048, "what fits at once reads the head once"
-    for width, processors in ((1024, 132), (2048, 48), (2048, 132), (2560, 132), (4096, 108), (8192, 16)):
-        most, wide = kernel.CHUNK_BYTES // (vocabulary * 2), math.ceil(width / kernel.TILE_COLUMNS)
-        size = rows_a_chunk(5376, width, vocabulary, 2, processors)
-        high = size // kernel.CHUNK_MULTIPLE
-        assert size <= most and size % kernel.CHUNK_MULTIPLE == 0
-        if wide <= processors and processors // wide * kernel.CHUNK_MULTIPLE <= most:
-            assert high % (processors // wide) == 0
-        else:  # a wave has too many rows, or a row too many tiles
-            assert size == rows_a_chunk(5376, width, vocabulary, 2, 0)
 
 
 def test_traces_without_a_graph_break():

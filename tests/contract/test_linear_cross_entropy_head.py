@@ -69,7 +69,7 @@ def switched_on(run: Run) -> Run:
 )
 def test_two_micro_steps_beside_stock(monkeypatch, model, tied, method):
     monkeypatch.setitem(SHAPES[model][1], "tie_word_embeddings", tied)
-    monkeypatch.setattr(kernel, "rows_a_chunk", lambda *sizes: 21)
+    monkeypatch.setattr(kernel, "rows_a_chunk", lambda rows, vocabulary, itemsize: 21)
     batches = [batch_of(1, 0.9), batch_of(2, 0.1)]
     assert batches[1].supervised_tokens < LEAST_ROWS < batches[0].supervised_tokens
     run = built(model, method)
