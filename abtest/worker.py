@@ -305,15 +305,15 @@ def main(make: Callable[[TextIO], Worker] = Worker, ahead: Sequence[str] = AHEAD
             raise ValueError(f"unknown command {command!r}")
         try:
             worker.event(answer=getattr(worker, command)(**request))
+        except torch.OutOfMemoryError as error:  # what follows lists every process of the GPU
+            worker.event(failed=f"{OUT_OF_MEMORY}: {'. '.join(str(error).splitlines()[0].split('. ')[:2])}")
+            return
         except worker.failures as error:
             traceback.print_exc()
             worker.event(failed=f"{command}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
             return
         except UserError as error:
             worker.event(user_error=str(error))
-        except torch.OutOfMemoryError as error:
-            worker.event(failed=f"{OUT_OF_MEMORY}: {str(error).splitlines()[0]}")
-            return
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from bench.records import Race, Record
@@ -17,6 +18,7 @@ from bench.roofline.page import ceilings_of
 from bench.roofline.setting import setting_of
 from bench.roofline.step import step_of
 
+REASON = 160  # letters of a peer's verdict; all of it is on the peer's own page
 NO_PAIR = (
     "The newest run of no setting holds a timed peer beside what ships; "
     '`make bench EXTRAS="dev gpu peers" ARGS="--peers"` on a GPU box makes one that does.'
@@ -173,5 +175,8 @@ def _row(pair: Pair, entry: dict[str, Any]) -> tuple[str, ...]:
 def _verdict(pair: Pair) -> str:
     verdict = pair.peer.verdict
     setting = (pair.device, pair.trained.model, pair.trained.method)
-    where = f"{', '.join(prose(part) for part in setting if part)}, {percent(pair.supervised_fraction)} supervised"
-    return f"- {code(pair.peer.arm)} on {where}, is not lossless. {verdict.level.value}: {prose(verdict.reason)}"
+    length = [] if pair.trained.pack_length is None else [f"packs of {pair.trained.pack_length:,}"]
+    parts = [*(prose(part) for part in setting if part), *length, f"{percent(pair.supervised_fraction)} supervised"]
+    where = ", ".join(parts)
+    reason = shorten(verdict.reason, REASON, placeholder=" …")
+    return f"- {code(pair.peer.arm)} on {where}, is not lossless. {verdict.level.value}: {prose(reason)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -157,6 +158,24 @@ def test_a_process_started_ahead_makes_way_and_a_mistake_in_a_peer_ends_only_its
             arm.build()
         assert failure.value.command == "build" and arm.process is same
     assert "Traceback" in failure.value.output
+
+
+def test_a_peer_that_finds_no_memory_says_so_as_every_arm_does(tmp_path):
+    """It may have been others who held it, and then it is asked again."""
+    code = """
+import io, json, sys, torch
+from abtest import worker
+from bench.peers.worker import PeerWorker
+from bench.peers import find
+def fails(self, config): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. Process 7 has 9 GiB.")
+PeerWorker.ahead = fails
+sys.stdin = io.StringIO(json.dumps({"command": "ahead", "config": {}}))
+worker.main(lambda answers: PeerWorker(answers, find("transformers_peft")), ())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert json.loads(done.stdout) == {"failed": "out of memory: CUDA out of memory. Tried to allocate 3 GiB"}
 
 
 def test_a_peer_that_never_comes_back_is_ended_with_a_line():

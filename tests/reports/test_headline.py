@@ -14,7 +14,7 @@ import torch
 from rendered import tables
 
 from abtest import environment
-from abtest.verdict import Level
+from abtest.verdict import Level, Verdict
 from bench import records
 from bench.records import Record
 from bench.report import differences, headline, readme, render
@@ -100,9 +100,19 @@ def test_the_fastest_peer_counts_whatever_its_verdict():
     table = headline.markdown([pair])
     assert "| `leaks` (FAILED) |" in table
     supervised = pair.entry()["supervised_fraction"]
-    where = f"Example GPU X1, qwen3.5-2b, lora, {100 * supervised:.1f} % supervised"
+    where = f"Example GPU X1, qwen3.5-2b, lora, packs of 5,376, {100 * supervised:.1f} % supervised"
     assert f"- `leaks` on {where}, is not lossless. FAILED: largest loss difference 2.1 sigma" in table
     assert "not lossless" not in headline.markdown(found(stock(), shipped(), peer()))
+
+
+def test_of_a_long_reason_the_beginning_is_enough():
+    """A library's error may list every process of a machine; the peer's own page has all of it."""
+    verdict = Verdict(Level.FAILED, "no memory: " + "ab cd " * 200)
+    table = headline.markdown(
+        found(stock(), shipped(), dataclasses.replace(peer("leaks", level=Level.FAILED), verdict=verdict))
+    )
+    (line,) = [line for line in table.splitlines() if line.startswith("- `leaks`")]
+    assert "FAILED: no memory: ab cd" in line and line.endswith(" …") and len(line) < 300
 
 
 RACE = records.Race("search", ("silu_mul", "static_lora"), 1.9, 1.8, 2.0, 20)
