@@ -108,9 +108,8 @@ def test_the_fastest_peer_counts_whatever_its_verdict():
 def test_of_a_long_reason_the_beginning_is_enough():
     """A library's error may list every process of a machine; the peer's own page has all of it."""
     verdict = Verdict(Level.FAILED, "no memory: " + "ab cd " * 200)
-    table = headline.markdown(
-        found(stock(), shipped(), dataclasses.replace(peer("leaks", level=Level.FAILED), verdict=verdict))
-    )
+    leaks = dataclasses.replace(peer("leaks", level=Level.FAILED), verdict=verdict)
+    table = headline.markdown(found(stock(), shipped(), leaks))
     (line,) = [line for line in table.splitlines() if line.startswith("- `leaks`")]
     assert "FAILED: no memory: ab cd" in line and line.endswith(" …") and len(line) < 300
 
