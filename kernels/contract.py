@@ -101,7 +101,8 @@ class Optimization:
     modules), `run.loss_head`, `run.micro_step` or `run.optimizer`, and nothing else. `why_exact` names the argument for
     `exactness`, and for ROUNDING the operation whose rounding or order of summation changes. `fails`: only in
     `negative_results/`. `recipe`: what a run must be besides for there to be something to do, as a TOML recipe would say it.
-    Stock of that recipe is then what it is compared with, so its speed is of no combination's and never ships.
+    Stock of that recipe is then what it is compared with, so its speed is of no combination's and never ships. `in_update`:
+    it works in the optimizer's update alone, which is no part of the micro-step that is timed.
     """
 
     name: str
@@ -116,3 +117,4 @@ class Optimization:
     source: tuple[str, ...] = ()
     fails: Fails = field(default_factory=Fails)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    in_update: bool = False

@@ -87,6 +87,12 @@ def unmet(needs: Needs, device: torch.device) -> str | None:
     return None
 
 
+def in_update(name: str) -> bool:
+    """Whether the optimization called `name` works in the optimizer's update alone; of an unknown one nobody says so."""
+    known = discover().get(name)
+    return known is not None and known.in_update
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter in this process."""
     from triton import knobs

@@ -14,6 +14,7 @@ from bench.report.text import MARK, NOTHING, code, memory, names, number, per_se
 from bench.report.waterfall import Answers, Waterfall, gain_words
 from bench.search import trials
 from bench.search.trials import LEAVE_ONE_OUT, Set, Trial
+from kernels.registry import in_update
 
 FOLDER = Path("search")
 WHAT = (
@@ -26,7 +27,8 @@ WHAT = (
 PATH_LEGEND = "Every row is one set beside the best so far: what was added to it (+) or taken from it (−)."
 GAINS_LEGEND = (
     "The gain is the time of the set without the member over the time of the whole set. Gains of members that do the same "
-    "work are small each, and their product is not what all of them buy together."
+    "work are small each, and their product is not what all of them buy together. What works in the update alone "
+    "is on in every set: the micro-step that is timed can't show it."
 )
 
 
@@ -55,10 +57,14 @@ class Way:
 
     @property
     def left_out(self) -> tuple[Trial, ...]:
-        """The set that came last, without each of its members; empty where not all of these were timed."""
+        """The set that came last, without each of its members that a micro-step shows; empty where not all were timed."""
         last = self.newest.against
-        found = [trial for trial in self.trials if trial.stage == LEAVE_ONE_OUT and trial.against == last]
-        return tuple(found) if {trial.left_out[0] for trial in found} == set(last) else ()
+        found = [
+            trial
+            for trial in self.trials
+            if trial.stage == LEAVE_ONE_OUT and trial.against == last and not in_update(trial.left_out[0])
+        ]
+        return tuple(found) if {trial.left_out[0] for trial in found} == set(_timed(last)) else ()
 
     @property
     def dropped(self) -> Trial | None:
@@ -82,7 +88,7 @@ class Way:
         """The set that the search ended with; None where its trials don't say that it came to its end."""
         if self.dropped is None:
             return self.newest.against if self.left_out else None
-        return self.dropped.optimizations or None
+        return self.dropped.optimizations if _timed(self.dropped.optimizations) else None
 
     @property
     def steps(self) -> list[Step]:
@@ -95,6 +101,11 @@ class Way:
     def begin(self) -> str:
         """What `steps` lead away from."""
         return "the given set" if self.steps and self.steps[0].before else "stock"
+
+
+def _timed(optimizations: Set) -> Set:
+    """Those whose work is in the micro-step."""
+    return tuple(name for name in optimizations if not in_update(name))
 
 
 def files(data_dir: Path, answers: Answers) -> dict[Path, bytes]:

@@ -27,10 +27,12 @@ HOW_MEASURED = ("gate", "timing", "steps")  # of a recipe: how much evidence the
 
 @dataclass(frozen=True)
 class Candidate:
-    """ratio: stock's time over its own, alone, in its newest record; 1 where that has no time, or there is none."""
+    """ratio: stock's time over its own, alone, in its newest record; 1 where that has no time, or there is none. timed:
+    whether its work is in the micro-step, which is what a search times."""
 
     name: str
     ratio: float
+    timed: bool = True
 
 
 def same_training(recipe: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -60,7 +62,11 @@ def candidates(
         _check_name(name, reasons)
     others = {name: why for name, why in reasons.items() if why is not None}
     asked = names or known
-    chosen = [Candidate(name, _ratio(newest.get(name))) for name in known if name not in others and name in asked]
+    chosen = [
+        Candidate(name, _ratio(newest.get(name)), not one.in_update)
+        for name, one in known.items()
+        if name not in others and name in asked
+    ]
     if not chosen:
         raise UserError(f"nothing to search: {in_words(others)}; `python -m bench.run` with the same recipe comes first")
     return chosen, others

@@ -12,6 +12,9 @@ neither is missed while the other is there.
 A search begins with stock, or with a set that it is given. That one is compared with the sets around it, not with stock nor
 with what would be tried on the way from there: the answer may be another one than from stock, and slower. Wherever it began,
 nothing more is added once a member was left out.
+
+What works in the update alone is not in the micro-step that is timed, so time can't say whether it pays: it is on from the
+beginning, unless it conflicts with what is, and nobody leaves it out.
 """
 
 from __future__ import annotations
@@ -59,9 +62,10 @@ class Search:
         self, candidates: Sequence[Candidate], conflict: Callable[[str, str], bool], clock: Clock, width: int = 4,
         begin: Iterable[str] = (),
     ) -> None:  # fmt: skip
-        self.gains = {candidate.name: candidate.ratio for candidate in candidates}  # what each did when it was last tried
+        self.gains = {one.name: one.ratio for one in candidates if one.timed}  # what each did when it was last tried
+        self.untimed = [one.name for one in candidates if not one.timed]
         self.conflict, self.clock, self.width = conflict, clock, width
-        self.best: Set = _set(begin)
+        self.best: Set = self._around((*begin, *self.untimed))
         self.been = {self.best}
         self.round = 0
         self.left_out: list[Trial] = []
@@ -72,8 +76,11 @@ class Search:
             self._forward()
             self._backward()
         except OutOfTime:
-            return Answer(self.best, False)
-        return Answer(self.best, True, tuple(self.left_out))
+            return Answer(self._answer(), False)
+        return Answer(self._answer(), True, tuple(self.left_out))
+
+    def _answer(self) -> Set:
+        return self.best if any(name in self.gains for name in self.best) else ()
 
     def _take(self, chosen: Set) -> None:
         self.best = chosen
@@ -120,7 +127,7 @@ class Search:
         out = [name for name in others if not self._fits(name, self.best)]
         sets = [self._around((name, *self.best, *gained)) for name in out]
         sets.append(self._around((*self.best, *others)))
-        sets.append(self._around(sorted(self.gains, key=lambda name: -self.gains[name])))
+        sets.append(self._around((*sorted(self.gains, key=lambda name: -self.gains[name]), *self.untimed)))
         return [one for one in dict.fromkeys(sets) if one not in self.been]
 
     def _around(self, names: Iterable[str]) -> Set:
@@ -137,9 +144,10 @@ class Search:
 
     def _backward(self) -> None:
         self.clock.renew()  # the best set's process may have won because it is a lucky one
-        while self.best:
+        while self._answer():
             self.round += 1
-            sets = [tuple(name for name in self.best if name != left) for left in self.best]
+            members = [name for name in self.best if name in self.gains]
+            sets = [tuple(name for name in self.best if name != left) for left in members]
             self.left_out = []
             for batch in _batches(sets, self.width):
                 self.left_out += self.clock.measure(LEAVE_ONE_OUT, self.round, self.best, batch)

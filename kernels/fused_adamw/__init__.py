@@ -13,6 +13,7 @@ OPTIMIZATION = Optimization(
     eligible=patch.eligible,
     apply=patch.apply,
     needs=Needs(triton=True),
+    in_update=True,
     source=(
         "Decoupled weight decay regularization: arXiv 1711.05101, algorithm 2",
         "Apex's multi-tensor apply, which PyTorch's fused AdamW follows: https://github.com/pytorch/pytorch/pull/81705",

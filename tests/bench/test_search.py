@@ -100,12 +100,12 @@ def conflict_of(pairs: Iterable[str]) -> Callable[[str, str], bool]:
 def search(
     world: World, path: Path, names: Iterable[str] = NAMES, conflicts: Iterable[str] = (), width: int = 3,
     alone: dict[str, float] | None = None, until: float | None = None, said: list[str] | None = None, gpu: bool = True,
-    begin: Iterable[str] = (),
+    begin: Iterable[str] = (), untimed: Iterable[str] = (),
 ) -> Answer:  # fmt: skip
     """One command's search. Whatever comes of it, no process is left over."""
     names = list(names)
     alone = alone or {name: 1 / world.seconds(frozenset([name])) for name in names}
-    chosen = [Candidate(name, alone[name]) for name in names]
+    chosen = [Candidate(name, alone[name], name not in untimed) for name in names]
     arms = SearchArms(world.start, Config(), TimingConfig(4, 1, 1), 16, gpu, lambda *progress: None)
     try:
         with arms:
@@ -270,6 +270,29 @@ def test_it_begins_with_the_set_that_is_given_adds_what_gains_and_leaves_out_who
     gone = [trial.left_out for trial in trials_of(path, LEAVE_ONE_OUT) if trial.against == ("a", "b", "c", "d", "e")]
     assert len(gone) == 5 and {trial.left_out[0] for trial in answer.left_out} == {"a", "b", "c"}
     assert not any(on <= {"a"} for on in world.started), "neither stock nor what is far from the set"
+
+
+@pytest.mark.parametrize("begin", [(), ("a", "b")])
+def test_what_works_in_the_update_alone_is_on_from_the_beginning_and_nobody_leaves_it_out(begin, path):
+    world = World(product({"a": 1.5, "b": 1.2, "c": 0.9, "u": 1.0}))
+    answer = search(world, path, "abcu", begin=begin, untimed="u")
+    assert answer.optimizations == ("a", "b", "u") and answer.finished
+    assert {trial.left_out for trial in answer.left_out} == {("a",), ("b",)}
+    assert all("u" in trial.against and "u" in trial.optimizations for trial in read(path))
+
+
+def test_it_gives_way_to_what_pays_and_excludes_it(path):
+    world = World(product({"a": 1.5, "b": 1.2, "u": 1.0}))
+    assert search(world, path, "abu", conflicts=["bu"], untimed="u").optimizations == ("a", "b")
+    assert search(World(world.seconds), path.with_name("begun"), "abu", ["bu"], begin="ab", untimed="u").optimizations == (
+        "a",
+        "b",
+    )
+
+
+def test_it_alone_is_no_answer(path):
+    answer = search(World(product({"a": 0.9, "u": 1.0})), path, "au", untimed="u")
+    assert answer.optimizations == () and answer.finished
 
 
 def test_a_set_to_which_nothing_can_be_added_is_measured_member_by_member(path):

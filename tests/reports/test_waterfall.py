@@ -126,6 +126,20 @@ def test_the_answer_of_a_search_from_a_set_may_be_the_combination_that_it_began_
     assert rows(text)[0][1] == "200.0" and rows(text)[-1][0] == "what ships" and "step by step" not in text
 
 
+@pytest.mark.parametrize("also", [False, True], ids=["kept on", "left out all the same"])
+def test_what_a_micro_step_does_not_show_need_not_be_left_out(also, tmp_path):
+    update = "fused_adamw"
+    found = [
+        dataclasses.replace(one, against=(*one.against, update), optimizations=(*one.optimizations, update))
+        for one in whole(without(1.3), without(1.5))[-2:]
+    ]
+    if also:
+        found.append(dataclasses.replace(found[0], optimizations=("b", "c"), timing=timing(1.001)))
+    text = rendered(tmp_path, found, stock(), gated("b", "c", update, arm="combination"))
+    assert rows(text)[0][1] == "200.0" and rows(text)[-1][0] == "what ships"
+    assert "**`b` + `c` + `fused_adamw`** is the fastest set." in text
+
+
 @pytest.mark.parametrize(
     ("found", "kept"),
     [
