@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from abtest.arm import ArmFailed
+from abtest.command import gate_config
 from abtest.evidence import Evidence
 from abtest.experiment import Candidate
 from abtest.verdict import Check, Level, Verdict
@@ -28,6 +29,7 @@ from bench.report import differences
 from bench.search import __main__ as command
 from bench.search import prove as proving
 from bench.search import trials
+from bench.search.candidates import candidates
 from bench.search.command import default
 from kernels import registry
 from loop.cli import guarded, parse
@@ -404,6 +406,17 @@ def test_what_passed_with_others_and_has_no_record_alone_is_searched(world, verd
         world.keep("packed_attention", **alone)
     world()
     assert {trial.candidates for trial in world.trials} == {tuple(sorted(searched))}
+
+
+def test_what_works_in_the_update_alone_is_not_timed(world, monkeypatch):
+    monkeypatch.setattr(registry, "unmet", lambda needs, device: None)
+    assert registry.in_update("fused_adamw") and not registry.in_update("silu_mul") and not registry.in_update("nobody")
+    for name in ("static_lora", "fused_adamw"):
+        world.keep(name)
+    asked = parse(default(list(FLAGS)), "", "", list(FLAGS))
+    config, gpu = gate_config(asked, asked.gate), torch.device("cuda")
+    chosen, _ = candidates(records.read(world.file), world.recipe(), config, gpu)
+    assert {one.name: one.timed for one in chosen} == {"static_lora": True, "fused_adamw": False}
 
 
 def test_the_newest_record_of_an_optimization_counts(world):
