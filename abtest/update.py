@@ -28,6 +28,7 @@ LEARNING_RATE, WEIGHT_DECAY, LOWEST_RATIO, LONGEST_WARMUP = 0.2, 0.5, 0.1, 10
 SIZE = 0.05  # root mean square of the weights at most, for the same reason: norms are brought down from 1
 NOISE = 0.02  # added to them, since a LoRA's B is all zeros and a norm's weight all ones
 MICRO_STEPS = 2
+PORTION = 1 << 26  # numbers that are compared in fp64 at a time: half a GB each way
 MOST_PROBLEMS = 50  # that a report holds; a systematic one repeats for every tensor
 
 
@@ -211,23 +212,27 @@ class _Update:
     def _compare(
         self, name: str, before: dict[str, Tensor], after: dict[str, Tensor], gradient: Tensor, rate: float
     ) -> None:
-        """One tensor's update and moments beside fp64 AdamW."""
-        config, weight = self.config, before[f"master.{name}"].double()
-        mean, square = (before.get(f"{key}.{name}", torch.zeros(())).to(weight) for key in ("exp_avg", "exp_avg_sq"))
-        steps = int(before.get(f"step.{name}", torch.zeros(()))) + 1
-        mean = config.beta1 * mean + (1 - config.beta1) * gradient
-        square = config.beta2 * square + (1 - config.beta2) * gradient.square()
-        adam = mean / (1 - config.beta1**steps) / ((square / (1 - config.beta2**steps)).sqrt() + config.eps)
-        decay = config.weight_decay if weight.ndim >= 2 else 0.0
-        wanted = {"exp_avg": mean, "exp_avg_sq": square, "master": -rate * (adam + decay * weight)}
-        for key, truth in wanted.items():
-            held = after.get(f"{key}.{name}")
-            if held is None:
+        """One tensor's update and moments beside fp64 AdamW, by portions: seven times the largest in fp64 would be 30 GB."""
+        config, steps = self.config, int(before.get(f"step.{name}", torch.zeros(()))) + 1
+        decay = config.weight_decay if before[f"master.{name}"].ndim >= 2 else 0.0
+        held = {key: after.get(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq", "master")}
+        squares = {key: _Squares() for key in held}
+        for part in _portions(gradient.numel()):
+            slope, weight = gradient.reshape(-1)[part], _flat(before[f"master.{name}"], part, gradient)
+            mean, square = (_flat(before.get(f"{key}.{name}"), part, gradient) for key in ("exp_avg", "exp_avg_sq"))
+            mean = config.beta1 * mean + (1 - config.beta1) * slope
+            square = config.beta2 * square + (1 - config.beta2) * slope.square()
+            adam = mean / (1 - config.beta1**steps) / ((square / (1 - config.beta2**steps)).sqrt() + config.eps)
+            wanted = {"exp_avg": mean, "exp_avg_sq": square, "master": -rate * (adam + decay * weight)}
+            for key, truth in wanted.items():
+                found = _flat(held[key], part, gradient)
+                squares[key].add(found - weight if key == "master" else found, truth)
+        for key, found in held.items():
+            if found is None:
                 self._problem(f"the optimizer's state has no {key}.{name}")
                 continue
-            change = held.double() - weight if key == "master" else held
             what = f"update of {name}" if key == "master" else f"{key}.{name}"
-            self.report.add(_distance(change, truth), f"{what}, {self.scenario.where}")
+            self.report.add(squares[key].distance(), f"{what}, {self.scenario.where}")
         counted = after.get(f"step.{name}")
         if counted is None or float(counted) != steps:
             self._problem(f"the state's step.{name} is {'missing' if counted is None else float(counted)}, not {steps}")
@@ -264,7 +269,37 @@ def _check_names(run: Run, report: UpdateReport) -> bool:
     return not lacking and not frozen and bool(optimizer.parameters)
 
 
+@dataclass
+class _Squares:
+    """Sums over portions of the squares of found - truth, and of truth."""
+
+    apart: float = 0.0
+    truth: float = 0.0
+
+    def add(self, found: Tensor, truth: Tensor) -> None:
+        self.apart += float((found - truth).square().sum())
+        self.truth += float(truth.square().sum())
+
+    def distance(self) -> float:
+        """|found - truth| / |truth|; infinite for anything but zero where zero is right."""
+        norm, error = math.sqrt(self.truth), math.sqrt(self.apart)
+        return error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
+
+
 def _distance(found: Tensor, truth: Tensor) -> float:
-    """|found - truth| / |truth| in fp64; infinite for anything but zero where zero is right."""
-    norm, error = float(truth.norm()), float((found.to(truth.device).double() - truth).norm())
-    return error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
+    """|found - truth| / |truth| in fp64."""
+    squares = _Squares()
+    for part in _portions(truth.numel()):
+        squares.add(_flat(found, part, truth), truth.reshape(-1)[part])
+    return squares.distance()
+
+
+def _portions(numbers: int) -> Iterator[slice]:
+    return (slice(start, start + PORTION) for start in range(0, numbers, PORTION))
+
+
+def _flat(tensor: Tensor | None, part: slice, like: Tensor) -> Tensor:
+    """A portion of the tensor in the dtype and on the device of `like`; zeros where there is none."""
+    if tensor is None:
+        return like.new_zeros(())
+    return tensor.reshape(-1)[part].to(like)

@@ -72,6 +72,16 @@ def test_a_planted_defect_fails_in_bf16(kind):
     assert not report.passed, (report.error, report.name)
 
 
+def test_portions_change_nothing_but_the_order_of_a_sum(monkeypatch):
+    whole = report_of(Fused)
+    monkeypatch.setattr("abtest.update.PORTION", 4097)
+    part = report_of(Fused)
+    assert part.problems == whole.problems == [] and part.name == whole.name
+    assert part.error == pytest.approx(whole.error, rel=1e-9)
+    for kind in (OneNaN, MomentMissing):
+        assert not report_of(kind).passed
+
+
 def test_the_decay_of_norms_fails_in_fp32():
     report = report_of(DecayOfNorms)
     assert report.error > 100 * UPDATE and report.problems == []
