@@ -25,6 +25,7 @@ from abtest.experiment import Candidate
 from abtest.in_process import InProcessExperiment
 from abtest.progress import GateProgress
 from abtest.verdict import PARTS, Check, Level, Verdict
+from abtest.waiting import Waiting
 from bench import measure, records, report, run
 from bench.ceilings import Ceilings
 from bench.ledger import Ledger
@@ -275,7 +276,7 @@ def bench(tmp_path) -> measure.Bench:
     arm = contextlib.nullcontext(SimpleNamespace(spec=SimpleNamespace(name="fast")))
     candidate = Candidate(arm, verdict, evidence)
     experiment = SimpleNamespace(
-        reference=evidence, sigma=(0.1, 0.1), reference_arm=None, gate_arm=lambda spec, claim: candidate
+        reference=evidence, sigma=(0.1, 0.1), reference_arm=None, gate_arm=lambda spec, claim: candidate, waiting=Waiting()
     )
     facts = {"run_id": "r", "environment": {"device_slug": "box"}, "recipe": {}, "data": {}, "command": "c"}
     command = run.Command(reports=tmp_path, micro=False)
