@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,9 +74,7 @@ def _joined_arm(given: str, config: Config, device: torch.device) -> ArmPlan:
             raise UserError(f"--arms {given}: {name} can be part of no combination here")
         if name in names[:index]:
             raise UserError(f"--arms {given}: {name} is there twice")
-        clash = next((other for other in names[:index] if _conflict(name, other)), None)
-        if clash is not None:
-            raise UserError(f"--arms {given}: {name} and {clash} exclude one another")
+        check_apart(name, names[:index], conflict, f"--arms {given}")
     lacking = ((name, registry.unmet(known[name].needs, device)) for name in names)
     missing = next((f"{name}: {reason}" for name, reason in lacking if reason is not None), None)
     members = [name for name in known if name in names]
@@ -123,15 +121,23 @@ def combination(ratios: Mapping[str, float], config: Config) -> ArmPlan | None:
     """
     chosen: list[str] = []
     for name in sorted(ratios, key=lambda name: -ratios[name]):
-        if not any(_conflict(name, other) for other in chosen):
+        if not any(conflict(name, other) for other in chosen):
             chosen.append(name)
     kept = [name for name in ratios if name in chosen]
     return _combined(kept, config) if len(kept) > 1 else None
 
 
-def _conflict(one: str, other: str) -> bool:
+def conflict(one: str, other: str) -> bool:
+    """Whether two optimizations can't be on together."""
     known = registry.discover()
     return one in known[other].conflicts or other in known[one].conflicts
+
+
+def check_apart(name: str, others: Iterable[str], clashes: Callable[[str, str], bool], where: str) -> None:
+    """Raises UserError, which begins with `where`, if `name` clashes with one of `others`."""
+    clash = next((other for other in others if clashes(name, other)), None)
+    if clash is not None:
+        raise UserError(f"{where}: {name} and {clash} exclude one another")
 
 
 def _combined(names: list[str], config: Config) -> ArmPlan:

@@ -24,10 +24,11 @@ from abtest.mps import environment_of_arms
 from bench.claims import Claims, alone_in
 from bench.command import recipe_of, records_file
 from bench.ledger import Ledger
+from bench.plan import conflict
 from bench.records import read, writing_to
 from bench.report import render, summary_json
 from bench.search.arms import SearchArms, in_words
-from bench.search.candidates import Candidate, beginning, candidates, conflicting
+from bench.search.candidates import Candidate, beginning, candidates
 from bench.search.candidates import in_words as why_not
 from bench.search.command import SearchCommand, check_search, default, run_of
 from bench.search.conductor import Conductor
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = recipe_of(command.bench, str(dtype).removeprefix("torch."))
     found = read(path) if path.exists() else []
     chosen, others = candidates(found, recipe, gate_config(command, command.gate), device, command.arms)
-    begin = beginning(command.begin, chosen, others, conflicting())
+    begin = beginning(command.begin, chosen, others, conflict)
     ledger = run_of(command, path, found, recipe, environment, say)
     facts = {"command": words, "environment": environment, "recipe": recipe}
     trials = _trials(command, environment["device_slug"], ledger.run_id, chosen, facts)
@@ -102,7 +103,7 @@ def _search(
     ):  # fmt: skip
         until = None if command.minutes is None else began + 60 * command.minutes
         conductor = Conductor(arms, trials, say, until)
-        return Search(chosen, conflicting(), conductor, command.search.width, begin).run()
+        return Search(chosen, conflict, conductor, command.search.width, begin).run()
 
 
 def _settle(

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
-from abtest.arm import Arm, ArmFailed, ArmSpec
+from abtest.arm import OUT_OF_MEMORY, Arm, ArmFailed, ArmSpec
 from abtest.settings import OnProgress
 from bench.clock import Lap, Ratio, TimingConfig, time_round_robin
 from bench.search.trials import Set, Timing
 from loop.config import Config
 from loop.errors import UserError
-
-OUT_OF_MEMORY = "out of memory"  # how such a failure of an arm begins
 
 
 def clear_winner(ratios: list[Ratio]) -> bool:

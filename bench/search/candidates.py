@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.plan import JOIN, untimed_reason
+from bench.plan import JOIN, check_apart, untimed_reason
 from bench.records import Record
 from bench.search.trials import Set
 from kernels import registry
@@ -83,12 +83,6 @@ def _unknown(name: str) -> str:
     return "a negative result, which never ships" if name in registry.discover() else "no such optimization"
 
 
-def conflicting() -> Callable[[str, str], bool]:
-    """Whether two optimizations can't be on together."""
-    known = registry.discover()
-    return lambda one, other: other in known[one].conflicts or one in known[other].conflicts
-
-
 def beginning(
     given: Sequence[str], chosen: Sequence[Candidate], others: dict[str, str], conflict: Callable[[str, str], bool]
 ) -> Set:
@@ -105,9 +99,7 @@ def beginning(
             raise UserError(f"--begin {name}: {why}; searched are {', '.join(among)}")
         if name in names[:index]:
             raise UserError(f"--begin {name}: it is there twice")
-        clash = next((other for other in names[:index] if conflict(name, other)), None)
-        if clash is not None:
-            raise UserError(f"--begin {name}: {name} and {clash} exclude one another")
+        check_apart(name, names[:index], conflict, f"--begin {name}")
     return tuple(sorted(names))
 
 
