@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,32 +17,19 @@ from abtest.gradients import Distances
 from abtest.limits import UPDATE
 from abtest.op_level import op_reports
 from abtest.oracle import exact_arithmetic
+from abtest.patience import patiently
 from abtest.probes import Probe, supervised
 from abtest.projection import kept
 from abtest.structure import examine, gradients
 from abtest.trace import trace
 from abtest.update import check_update, update_config
 from kernels import registry
+from loop.batch import PackedBatch
 from loop.config import Config
 from loop.run import Run
 from loop.training import accumulate, build
 
 CENSUS_OPERATORS = 8  # new operators that are bent one by one
-PATIENCE = 60  # seconds for which an arm waits for memory: longer than a noise replica takes
-
-
-def patiently(work: Callable[[], Any], release: Callable[[], None], seconds: float = PATIENCE) -> Any:
-    """What `work` returns; for so long it is done over where device memory is short, since the arms beside this one give
-    theirs back between their runs. release: gives back what this process does not need."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            if time.monotonic() > until:
-                raise
-        release()  # not in the handler, which holds what was kept
-        time.sleep(min(1, seconds / 10))
 
 
 class Examiner:
@@ -75,11 +59,23 @@ class Examiner:
     def update(self, seed: int, weights: str, state: str, count: int, alone: bool) -> dict:
         """Check 3, and check 5's part with dropout, on a run built anew: with rates at which an update can be told from
         rounding, and with dropout where the arm takes it. alone: the arm's own run makes way for it, and is built again
-        behind it; two of them, and copies of an optimizer's state, are more than a device may hold."""
+        behind it; two of them, and copies of an optimizer's state, are more than a device may hold. Where that shows first
+        when memory is short, it makes way then."""
         batch = self._probe(state, 0, count, seed)[0]
-        if alone:
-            self._let_go()
         self._release()
+        if not alone:
+            try:
+                return self._update(seed, batch)
+            except torch.OutOfMemoryError:
+                pass
+            gc.collect()  # not in the handler, which holds the run
+        self._let_go()
+        self._release()
+        answer = patiently(lambda: self._update(seed, batch), self._release)
+        self._make()
+        return answer
+
+    def _update(self, seed: int, batch: PackedBatch) -> dict:
         config, findings = update_config(self.config), []
         run = self._again(dropout.dropout_config(config)) if self.config.method == "lora" else None
         if run is None or run.refused:
@@ -88,11 +84,8 @@ class Examiner:
             findings = [dataclasses.asdict(finding) for finding in dropout.examine(run, batch, self.step)]
         report = check_update(run, seed)
         del run
-        if alone:
-            gc.collect()  # hooks and what they hold refer to each other
+        gc.collect()  # hooks and what they hold refer to each other
         self._release()
-        if alone:
-            self._make()
         return {
             "error": report.error, "name": report.name, "problems": list(report.problems), "limit": UPDATE,
             "findings": findings,

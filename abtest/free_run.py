@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from abtest import fingerprint as fp
 from abtest.census import counted_replays
+from abtest.patience import PATIENCE, accumulated
 from abtest.perturb import kick
 from abtest.states import Held
 from loop.batch import PackedBatch
 from loop.data import Dataset
 from loop.files import write_safetensors
 from loop.run import Run
-from loop.training import accumulate
 
 KEYS = ("loss", "gradients", "state", "rng", "lr", "batch", "supervised", "moved", "rested")
 SAMPLE = 4096  # elements of a tensor, evenly spread, by which its update is measured
@@ -36,6 +36,7 @@ def free_run(
     resync: Mapping[int, Path] | None = None,
     before_step: Callable[[int], None] | None = None,
     kick_seed: int | None = None,
+    patience: float = PATIENCE,
 ) -> dict[str, Any]:
     """Trains for `steps` steps; the loss of each is a double, the sum over its micro-steps' fp32 sums.
 
@@ -43,7 +44,7 @@ def free_run(
     replica for the noise floor: kicked at the start and after every resync, and only its losses are asked for. "still"
     names what no step moved; what a resync moves doesn't count. "moved" is the length of each step's update, "rested" names
     what it left alone, both by `SAMPLE` elements of every tensor: a resync would hide an update that never came. "replays"
-    are those of CUDA graphs in each step.
+    are those of CUDA graphs in each step. patience: seconds for which a step waits for memory.
     """
     out: dict[str, Any] = {key: [] for key in KEYS}
     start, still = _marks(run), set(run.optimizer.masters)
@@ -62,7 +63,7 @@ def free_run(
                 before_step(step)
             batches = step_batches(run, dataset, step)
             earlier = replayed[0]
-            _step(run, batches, step, out, kick_seed is None)
+            _step(run, batches, step, out, kick_seed is None, patience)
             replays.append(replayed[0] - earlier)
             on_step(step + 1, steps)
     still -= _moved(run, start)
@@ -77,9 +78,11 @@ def _moved(run: Run, start: dict[str, str]) -> set[str]:
     return {name for name, mark in _marks(run).items() if mark != start.get(name)}
 
 
-def _step(run: Run, batches: list[PackedBatch], step: int, out: dict[str, list], fingerprints: bool) -> None:
+def _step(
+    run: Run, batches: list[PackedBatch], step: int, out: dict[str, list], fingerprints: bool, patience: float
+) -> None:
     supervised = sum(batch.supervised_tokens for batch in batches)
-    sums = accumulate(run, batches, supervised)
+    sums = accumulated(run, batches, supervised, patience)
     if fingerprints:
         out["gradients"].append(fp.fingerprint(run.optimizer.gradients()))
     before = _sampled(run)

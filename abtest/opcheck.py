@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from abtest.opcall import call, gradients_of, input_names, leaves, named_outputs, random_gradients, tensors_in
 from abtest.oracle import exact_arithmetic
@@ -63,9 +64,9 @@ def check_op(
     """Judges `op.candidate` against `op.reference` on one workload.
 
     FAILED: a ratio above its limit, NaN or Inf, a missing gradient, a wrong shape or dtype, a modified input, a result
-    that is not fully written, a second call or second backward with other bits, other bits under a BITWISE claim, or a
-    RuntimeError. INVALID: the reference or the inputs can't be trusted. APPROX claims keep their level while all but the
-    ratios hold. The caller's random state is left as it was.
+    that is not fully written, a second call, which is checkpointed, or second backward with other bits, other bits under a
+    BITWISE claim, or a RuntimeError. INVALID: the reference or the inputs can't be trusted. APPROX claims keep their level
+    while all but the ratios hold. The caller's random state is left as it was.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -140,7 +141,7 @@ class _Comparison:
         if not_finite:
             return _failed("finite", f"the candidate is not finite in {not_finite[0]}"), ()
         again = self.values(outputs, inputs, incoming)
-        second = self.values(self.call(self.op.candidate, inputs), inputs, incoming)
+        second = self.values(self.call(self.checkpointed, inputs), inputs, incoming)
         after = _snapshot(self.names, inputs) | {f"incoming {name}": gradient for name, gradient in incoming.items()}
         wanted = before | {f"incoming {name}": gradient for name, gradient in sent.items()}
         quantities = _compare_all(truth, reference, first, self.nudged)
@@ -166,6 +167,11 @@ class _Comparison:
     def call(self, function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         torch.manual_seed(self.seed)
         return call(function, inputs)
+
+    def checkpointed(self, *inputs: Any) -> Any:
+        """The candidate as a loop with gradient checkpointing calls it: once forward, and again in backward, where what it
+        saved may be unpacked only once."""
+        return checkpoint(self.op.candidate, *inputs, use_reentrant=False)
 
     def values(
         self, outputs: Sequence[Tensor], inputs: Sequence[Any], incoming: dict[str, Tensor], retain_graph: bool = False

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from abtest.patience import accumulated
 from abtest.probes import Document, memorised_batch
 from loop.files import write_safetensors
 from loop.model import canonical_name
@@ -90,10 +91,10 @@ def overfit(run: Run, own: list[Document]) -> tuple[float, int]:
     try:
         while step < OVERFIT_STEPS and loss > OVERFIT_LOSS:
             run.optimizer.config = dataclasses.replace(before, lr=rate, warmup_steps=5, min_lr_ratio=1.0)
-            total = run.micro_step(run, batch, batch.supervised_tokens)
+            [total] = accumulated(run, [batch], batch.supervised_tokens)
             run.optimizer.step(step)
             step += 1
-            loss = float(total) / batch.supervised_tokens
+            loss = total / batch.supervised_tokens
             if loss > 2 * best:
                 rate, best = rate / 2, loss
             best = min(best, loss)

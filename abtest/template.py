@@ -66,7 +66,8 @@ class Forked:
 
     def kill(self) -> None:
         if self.poll() is None and self.pid is not None and self.returncode is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself, and the template has not said so yet
+                os.kill(self.pid, signal.SIGKILL)
 
     def _told(self, timeout: float | None) -> bool:
         """Takes what the template says next, if it says it within `timeout` seconds: first the pid, then the status. One

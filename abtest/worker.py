@@ -29,6 +29,7 @@ from abtest.free_run import free_run, save_state, state_bytes
 from abtest.gradients import Distances
 from abtest.oracle import exact_gradients, keeping, make_exact, packing_error, recurrence_error
 from abtest.oracle_cache import OracleCache
+from abtest.patience import PATIENCE, patiently
 from abtest.perturb import Start
 from abtest.probes import Probe, memorised, memorised_probes, probes
 from abtest.projection import keep
@@ -70,6 +71,19 @@ class Worker(Examiner, Stopwatch):
     def ahead(self, config: dict) -> dict:
         """What `build` will need and what takes neither a GPU nor memory of one, for a process that waits for its turn."""
         return {}
+
+    def carry_out(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one of `COMMANDS`; one of `OVER_AGAIN` waits for memory where that is short."""
+
+        def work() -> dict[str, Any]:
+            return getattr(self, command)(**arguments)
+
+        return patiently(work, self._start_over) if command in OVER_AGAIN else work()
+
+    def _start_over(self) -> None:
+        """Gives back what half of a command left behind."""
+        self.run.optimizer.zero_grad()
+        self._release()
 
     # Building
 
@@ -150,10 +164,13 @@ class Worker(Examiner, Stopwatch):
 
         return self._trained(steps, resync, before_step)
 
-    def _trained(self, steps: int, resync: dict[str, str] | None, before_step=None, kick_seed: int | None = None) -> dict:
+    def _trained(
+        self, steps: int, resync: dict[str, str] | None, before_step: Callable[[int], None] | None = None,
+        kick_seed: int | None = None, patience: float = PATIENCE,
+    ) -> dict:  # fmt: skip
         torch.manual_seed(self.config.seed)  # as when it was built: arms in one process share the generator
         sources = {int(step): Path(path) for step, path in (resync or {}).items()}
-        answer = free_run(self.run, self.dataset, steps, self.step, sources, before_step, kick_seed)
+        answer = free_run(self.run, self.dataset, steps, self.step, sources, before_step, kick_seed, patience)
         self.loaded = None
         self._release()
         return answer
@@ -171,7 +188,8 @@ class Worker(Examiner, Stopwatch):
             self.start.restore(self.run)
             try:
                 with keeping(self.run.model, kept):
-                    loss = self._trained(steps, resync, kick_seed=seed)["loss"]
+                    patience = 0 if kept else PATIENCE  # who keeps less need not wait
+                    loss = self._trained(steps, resync, kick_seed=seed, patience=patience)["loss"]
             except torch.OutOfMemoryError:
                 if not kept:
                     raise
@@ -281,6 +299,10 @@ COMMANDS = (
 )  # fmt: skip
 
 
+# What begins anew each time it is asked, and may be asked again where memory was short.
+OVER_AGAIN = {"structure", "work", "oracle", "tripwire", "trace"}
+
+
 def import_ahead(modules: Sequence[str] = AHEAD) -> None:
     """Imports what is there of `modules`; nobody waits for it yet."""
     gc.disable()  # what is imported stays: going through it time and again takes a fifth of the start
@@ -304,7 +326,7 @@ def main(make: Callable[[TextIO], Worker] = Worker, ahead: Sequence[str] = AHEAD
         if command not in COMMANDS:
             raise ValueError(f"unknown command {command!r}")
         try:
-            worker.event(answer=getattr(worker, command)(**request))
+            worker.event(answer=worker.carry_out(command, request))
         except torch.OutOfMemoryError as error:  # what follows lists every process of the GPU
             worker.event(failed=f"{OUT_OF_MEMORY}: {'. '.join(str(error).splitlines()[0].split('. ')[:2])}")
             return

@@ -123,6 +123,8 @@ class GraphedMicroStep:
             raise CannotCapture("packs repeat too rarely for graphs to pay")
         try:
             captured = self._capture(run, batch, step_supervised_tokens, held)
+        except torch.OutOfMemoryError as error:  # others may give theirs back: the next such pack tries again
+            raise CannotCapture("no memory for a graph") from error
         except (CannotCapture, RuntimeError) as error:
             self.obstacles[key] = str(error).splitlines()[0]
             raise CannotCapture(self.obstacles[key]) from error

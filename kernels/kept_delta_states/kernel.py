@@ -98,7 +98,8 @@ class _KeptDeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do: Tensor):
-        saved, lengths = Saved(*ctx.saved_tensors[: len(Saved._fields)]), ctx.saved_tensors[len(Saved._fields) :]
+        kept = ctx.saved_tensors  # once: what was checkpointed may be unpacked no second time
+        saved, lengths = Saved(*kept[: len(Saved._fields)]), kept[len(Saved._fields) :]
         q, k, g, do, scale = saved.q, saved.k, saved.g, do.contiguous(), ctx.scale
         where = {"cu_seqlens": saved.cu_seqlens, "chunk_indices": saved.chunks, "chunk_size": CHUNK}
         with torch.cuda.device(q.device):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import CONFIG
 
-from abtest import examiner
-from abtest.examiner import patiently
+from abtest import examiner, patience, structure
+from abtest.free_run import initial_file
 from abtest.gradients import Distances
+from abtest.patience import patiently
 from abtest.probes import probes
 from abtest.projection import keep
-from abtest.worker import Worker
+from abtest.worker import COMMANDS, OVER_AGAIN, Worker
 from loop.recipe import to_plain
 
 
@@ -85,4 +88,78 @@ def _short(patched: pytest.MonkeyPatch, at: str, worker: Worker) -> None:
         return result
 
     patched.setattr(examiner, name, first_short)
-    patched.setattr(examiner.time, "sleep", lambda seconds: None)
+    patched.setattr(patience.time, "sleep", lambda seconds: None)
+
+
+def _short_once(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, times: tuple[int, ...] = (2,)) -> list[int]:
+    """Memory is short at those calls of `where.name`, once its work is done. Answers with what was called."""
+    original, calls = getattr(where, name), []
+
+    def first_short(*arguments, **named):
+        result = original(*arguments, **named)
+        calls.append(len(calls) + 1)
+        if len(calls) in times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(where, name, first_short)
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    return calls
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_step_that_lacked_memory_is_begun_anew_with_the_same_random_numbers(dropout, monkeypatch):
+    """In the second of its two micro-steps: the first one's gradients are dropped."""
+    config = dataclasses.replace(CONFIG, grad_accum=2, lora=dataclasses.replace(CONFIG.lora, dropout=dropout))
+    seen = []
+    for short in (False, True):
+        worker = Worker(io.StringIO())
+        worker.build(to_plain(config), [])
+        with monkeypatch.context() as patched:
+            plain, calls = worker.run.micro_step, []
+
+            def micro_step(*arguments, plain=plain, calls=calls, short=short):
+                result = plain(*arguments)
+                calls.append(len(calls) + 1)
+                if short and len(calls) == 4:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return result
+
+            worker.run.micro_step = micro_step
+            patched.setattr(patience.time, "sleep", lambda seconds: None)
+            seen.append(worker.free_run(3))
+        assert len(calls) == (8 if short else 6)
+    assert seen[0] == seen[1]
+
+
+def test_a_kicked_replica_that_keeps_everything_does_not_wait(monkeypatch):
+    """It recomputes instead, at once."""
+    worker = Worker(io.StringIO())
+    worker.build(to_plain(CONFIG), [])
+    worker.remember()
+    plain = worker.replica(2, {}, 1, kept=True)["loss"]
+    _short_once(monkeypatch, patience, "accumulate", (1,))
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    assert worker.replica(2, {}, 1, kept=True) == {"loss": plain, "kept": False, "roomy": False}
+
+
+def test_what_begins_anew_is_asked_once_more(tmp_path, monkeypatch):
+    worker = Worker(io.StringIO())
+    worker.build(to_plain(CONFIG), [])
+    asked = {"weights": initial_file(worker.held, worker.run, tmp_path), "state": "step 0", "count": 3, "seed": 0}
+    wanted = worker.carry_out("structure", asked | {"indexes": [0, 1, 2], "repeats": 2})
+    calls = _short_once(monkeypatch, structure, "repeated", (1,))
+    assert worker.carry_out("structure", asked | {"indexes": [0, 1, 2], "repeats": 2}) == wanted and calls == [1, 2]
+    assert set(OVER_AGAIN) < set(COMMANDS)
+
+
+def test_an_update_makes_way_where_two_runs_are_too_many(monkeypatch):
+    """And the arm's own run is there again behind it."""
+    worker = Worker(io.StringIO())
+    worker.build(to_plain(CONFIG), [])
+    asked = {"weights": "", "state": "step 0", "count": 3, "seed": 0, "alone": False}
+    wanted, gone = worker.carry_out("update", asked), []
+    monkeypatch.setattr(worker, "_let_go", lambda: gone.append(Worker._let_go(worker)))
+    calls = _short_once(monkeypatch, examiner, "check_update", (1,))
+    assert worker.carry_out("update", asked) == wanted and calls == [1, 2] and len(gone) == 1
+    assert worker.free_run(1)["loss"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -191,3 +192,16 @@ def test_where_the_system_lacks_what_it_takes_nothing_is_forked(error, light, tm
     with arm(tmp_path) as one:
         assert isinstance(one.process, subprocess.Popen) and one.build() == {"asked": "build"}
     assert one.process.returncode == 0
+
+
+def test_a_process_that_has_ended_before_anybody_said_so_can_be_killed():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with open(os.devnull, "rb") as nothing:
+        process = template.Forked(ours, os.open(os.devnull, os.O_WRONLY), os.dup(nothing.fileno()))
+    theirs.send(str(gone.pid).encode())
+    process.kill()
+    theirs.send(b"0")
+    assert process.wait(timeout=5) == 0
+    theirs.close()

@@ -179,6 +179,20 @@ def test_a_wait_for_the_device_is_an_obstacle_and_leaves_nothing_behind():
     assert run.micro_step.counts == {PLAIN + f"{REFUSED}: aten::_local_scalar_dense": 2}
 
 
+def test_memory_that_is_short_for_a_capture_is_no_obstacle_for_the_next(monkeypatch):
+    run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
+    with monkeypatch.context() as patched:
+        patched.setattr(run.micro_step.recorder, "warm", _no_memory)
+        assert same(outcome(run, pack(run, 1)), outcome(plain, pack(run, 1)))
+    assert run.micro_step.counts == {PLAIN + "no memory for a graph": 1}
+    assert same(outcome(run, pack(run, 1)), outcome(plain, pack(run, 1)))
+    assert run.micro_step.counts[REPLAYS] == run.micro_step.counts[CAPTURES] == 1
+
+
+def _no_memory(work: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_onlookers_see_python_run():
     run, _ = made()
     seen = []

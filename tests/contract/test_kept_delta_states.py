@@ -10,6 +10,7 @@ import pytest
 import torch
 from fla_pieces import CALLS, PACK, inputs, loaded
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bench.plan import combination
 from kernels import registry
@@ -55,6 +56,15 @@ def test_backward_is_given_what_forward_made_and_makes_nothing_again(kernel, nor
     assert all(given["cu_seqlens"] is PACK.cu_seqlens for name, given in CALLS if not name.startswith("l2norm"))
     assert [x.grad.dtype for x in tensors] == [x.dtype for x in tensors]
     assert [x.grad.shape for x in tensors] == [x.shape for x in tensors]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_it_can_be_checkpointed(kernel, normalized):
+    """What it saved may be unpacked once then."""
+    tensors = inputs()
+    out = checkpoint(kernel.kept_delta_rule, *tensors, PACK, normalized, use_reentrant=False)
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in tensors]
 
 
 def test_a_second_backward_is_given_the_same(kernel):

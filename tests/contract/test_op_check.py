@@ -76,6 +76,8 @@ class Defective(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
+        if ctx.defect == "unpacked twice":
+            gate, up = ctx.saved_tensors
         sigmoid = torch.sigmoid(gate)
         dgate, dup = dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * F.silu(gate)
         if ctx.defect == "dgate without its second term":
@@ -108,6 +110,7 @@ def test_a_correct_rewrite_passes():
         ("dgate without its second term", "mean ratio"),
         ("dy overwritten", "inputs unmodified"),
         ("saved up overwritten", "inputs unmodified"),
+        ("unpacked twice", "runs"),  # with checkpointing, which a second backward alone does not show
         ("no dup", "gradients"),
     ],
 )
