@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -46,6 +50,38 @@ def test_memory_that_never_comes_is_said():
     with pytest.raises(torch.OutOfMemoryError):
         patiently(work, lambda: None, seconds=0.1)
     assert len(asked) > 1
+
+
+def test_of_those_that_lack_memory_one_tries_again_at_a_time():
+    """Each begins anew only when the other is through, or has given up."""
+    seen, begun = [], threading.Barrier(2)
+
+    def work_of(name: str) -> Callable[[], str]:
+        tries = []
+
+        def work() -> str:
+            tries.append(name)
+            if len(tries) == 1:
+                begun.wait(5)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            seen.append(name)
+            time.sleep(0.2)
+            seen.append(name)
+            return name
+
+        return work
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(patiently, work_of(name), lambda: None, 0.5) for name in "ab"]
+        assert [one.result() for one in both] == ["a", "b"]
+    assert seen in (["a", "a", "b", "b"], ["b", "b", "a", "a"])
+
+
+def test_a_turn_that_does_not_come_is_taken():
+    with patience._turn(0):
+        began = time.monotonic()
+        with patience._turn(0.3):
+            assert 0.2 < time.monotonic() - began < 5
 
 
 def test_anything_else_is_an_error_at_once():
@@ -103,7 +139,6 @@ def _short_once(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, times: t
         return result
 
     monkeypatch.setattr(where, name, first_short)
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
     return calls
 
 
