@@ -4,7 +4,8 @@ The commands of one GPU run one after another, those of several GPUs side by sid
 cores: a compiler that takes every core would slow down what is timed beside it. What takes longer than it may is
 interrupted, as by Ctrl-C, so that it keeps what it has; one command's failure does not stop the next. The last line on
 stdout is one JSON document with how every command ended; each one's output is in a file of its own. Words that several
-commands of a plan share stand in its table [words], and in a command as `{name}`.
+commands of a plan share stand in its table [words], and in a command as `{name}`; words that several plans share stand in a
+file beside them, which `words_of` names.
 """
 
 from __future__ import annotations
@@ -74,20 +75,34 @@ class Ended:
 
 def read_plan(path: Path) -> list[Step]:
     """The steps of a plan, in order. Raises UserError naming what is wrong with it."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
-    steps, words = tables.pop("step", None), tables.pop("words", {})
+    tables = _read(path)
+    steps, words, others = tables.pop("step", None), tables.pop("words", {}), tables.pop("words_of", None)
     if tables or not isinstance(steps, list) or not steps:
-        raise UserError(f"{path}: tables [[step]] are expected, perhaps [words], and nothing else")
-    if not isinstance(words, dict) or not all(_are_words(given) for given in words.values()):
-        raise UserError(f"{path}: [words]: a word, or a list of words, is expected for each name")
+        raise UserError(f"{path}: tables [[step]] are expected, perhaps [words] and words_of, and nothing else")
+    words = _shared(path, words)
+    if others is not None:
+        if not isinstance(others, str) or not NAME.fullmatch(others):
+            raise UserError(f"{path}: words_of {others!r:.60}: the name of a file beside the plan is expected")
+        words = _shared(path.with_name(others), _read(path.with_name(others)).get("words")) | words
     found = [_step(values, words, f"{path}: step {index + 1}") for index, values in enumerate(steps)]
     twice = {step.name for step in found if sum(other.name == step.name for other in found) > 1}
     if twice:
         raise UserError(f"{path}: two steps are called {min(twice)}")
     return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
+
+
+def _shared(path: Path, words: Any) -> dict[str, Any]:
+    """What [words] of a file has, if it is that."""
+    if not isinstance(words, dict) or not all(_are_words(given) for given in words.values()):
+        raise UserError(f"{path}: [words]: a word, or a list of words, is expected for each name")
+    return words
 
 
 def _are_words(given: Any) -> bool:

@@ -1,4 +1,4 @@
-"""nn.Linear for full fine-tuning: the weight's gradient goes straight into the optimizer's fp32 sum."""
+"""nn.Linear and nn.Embedding for full fine-tuning: their gradients go straight into the optimizer's fp32 sum."""
 
 from kernels.contract import Exactness, Optimization, Workload
 
@@ -6,10 +6,11 @@ from . import op, patch
 
 OPTIMIZATION = Optimization(
     name="full_ft_linear",
-    summary="the weight gradient of every trained nn.Linear is computed into the optimizer's fp32 sum, in place",
+    summary="weight gradients of trained nn.Linear and nn.Embedding go into the optimizer's fp32 sum, in place",
     exactness=Exactness.ROUNDING,
     why_exact="the same three products; the weight's gradient is not rounded to bf16 between its product and the fp32 sum, "
-    "it may be added inside the product, and a tied weight's two gradients are added in fp32",
+    "it may be added inside the product, and a tied weight's two gradients are added in fp32; layers of one input add to "
+    "its gradient inside their products, unrounded",
     eligible=patch.eligible,
     apply=patch.apply,
     op=op.linear_op(

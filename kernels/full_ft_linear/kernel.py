@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels.shared_input import SharedInput
 from loop.optim import MasterAdamW
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -34,45 +36,95 @@ def weight_gradient(dy: Tensor, x: Tensor, held: Tensor | None = None, into: Ten
     return torch.addmm(held, transposed, x, out_dtype=torch.float32, out=held)
 
 
-class MainGradLinear(nn.Linear):
-    """The linear layer that it is made of, with the same parameters and the same forward.
+class MainGrad:
+    """What a layer that trains is told of the optimizer, at every backward: where a weight's gradient goes.
 
-    The optimizer is asked at every backward where the weight's gradient goes. Where it does not say (it was released, or is
-    gone, or this is a copy of the layer), autograd gets the gradient as it would from nn.Linear. x [..., in] -> [..., out].
+    Nowhere, if it was released or is gone, or if the layer is a copy: then autograd gets it as from PyTorch's layer.
     """
+
+    def __init__(self, optimizer: MasterAdamW) -> None:
+        self.optimizer = weakref.ref(optimizer)  # weak: a copy of the model must not copy the optimizer
+
+    def collector(self, weight: nn.Parameter) -> Tensor | None:
+        """The fp32 tensor whose `.grad` adds up the weight's gradient."""
+        optimizer = self.optimizer()
+        return None if optimizer is None else optimizer.collector(weight)
+
+    def place(self, collector: Tensor) -> Tensor | None:
+        """Where the first gradient of a step is written, if somewhere in particular."""
+        optimizer = self.optimizer()
+        return None if optimizer is None else optimizer.place(collector)
+
+
+class MainGradLinear(nn.Linear):
+    """The linear layer that it is made of, with the same parameters and the same forward, alone or in a `SharedLinears`.
+
+    Its weight's gradient goes to the optimizer's sum, if `MainGrad` knows it. x [..., in] -> [..., out].
+    """
+
+    drops = False
 
     def __init__(self, linear: nn.Linear, optimizer: MasterAdamW) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.optimizer = weakref.ref(optimizer)  # weak: a copy of the model must not copy the optimizer
+        self.main = MainGrad(optimizer)
+        self.shared: SharedLinears | None = None
         self.train(linear.training)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, self)
+        return self.alone(x) if self.shared is None else self.shared.output(self, x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        return linears(x, [self])[0]
 
     def deliver(self, dy: Tensor, x: Tensor) -> Tensor | None:
         """Adds dy^T x to the weight's main gradient. Returns what is left for autograd: None, or all of it."""
-        optimizer = self.optimizer()
-        collector = None if optimizer is None else optimizer.collector(self.weight)
+        collector = self.main.collector(self.weight)
         if collector is None:
             return dy.t() @ x
-        collector.grad = weight_gradient(dy, x, collector.grad, optimizer.place(collector))
+        collector.grad = weight_gradient(dy, x, collector.grad, self.main.place(collector))
         return None
 
 
-class _Linear(torch.autograd.Function):
+class SharedLinears(SharedInput):
+    """Trained layers of one input as one node, in whose backward each product is added to dx inside its kernel."""
+
+    def together(self, x: Tensor) -> tuple[Tensor, ...]:
+        return linears(x, self.members)
+
+
+def linears(x: Tensor, layers: Sequence[MainGradLinear]) -> tuple[Tensor, ...]:
+    """x [..., in] -> [..., out_i] of every layer."""
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return _Linears.apply(x, tuple(layers), *weights, *biases)
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: MainGradLinear) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.layer = layer  # its weight is the parameter itself; what checkpointing unpacks is a detached stand-in
-        return F.linear(x, weight, bias)
+    def forward(ctx, x: Tensor, layers: tuple[MainGradLinear, ...], *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = parameters[: len(layers)], parameters[len(layers) :]
+        ctx.save_for_backward(x, *weights)
+        ctx.layers = layers  # their weights are the parameters; what checkpointing unpacks are detached stand-ins
+        ctx.set_materialize_grads(False)
+        return tuple(F.linear(x, *pair) for pair in zip(weights, biases, strict=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        dx = (rows @ weight).view(x.shape) if needs_x else None
-        dw = ctx.layer.deliver(rows, x.reshape(-1, x.shape[-1])) if needs_weight else None
-        return dx, dw, rows.sum(0) if needs_bias else None, None
+    def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        needs_x, _, *needs = ctx.needs_input_grad
+        count, seen, dx = len(weights), x.reshape(-1, x.shape[-1]), None
+        dw, db = [None] * count, [None] * count
+        for index, (dy, weight, layer) in enumerate(zip(dys, weights, ctx.layers, strict=True)):
+            if dy is None:
+                continue
+            rows = dy.reshape(-1, dy.shape[-1])
+            if needs_x:
+                dx = rows @ weight if dx is None else dx.addmm_(rows, weight)
+            dw[index] = layer.deliver(rows, seen) if needs[index] else None
+            db[index] = rows.sum(0) if needs[count + index] else None
+        return None if dx is None else dx.view(x.shape), None, *dw, *db

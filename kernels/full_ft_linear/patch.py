@@ -1,4 +1,4 @@
-"""Swaps every linear layer that trains for one that adds to the main gradient itself."""
+"""Swaps every linear layer and embedding that trains for one that adds to the main gradient itself."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from kernels.shared_input import groups
 from kernels.swapping import is_watched
 from loop.lora import adapters
 
-from .kernel import MainGradLinear
+from .embedding import MainGradEmbedding
+from .kernel import MainGradLinear, SharedLinears
 
 if TYPE_CHECKING:
     from loop.run import Run
@@ -28,21 +30,48 @@ def eligible(run: Run) -> str | None:
 
 
 def apply(run: Run) -> None:
-    """Replaces them. Parameters stay the same objects; what is no plain layer stays as it is."""
+    """Replaces them, joins those of one input, and replaces embeddings likewise.
+
+    Parameters stay the same objects; what is no plain layer stays as it is.
+    """
+    layers: dict[str, MainGradLinear] = {}
     for name in trained_linears(run):
-        parent, _, attribute = name.rpartition(".")
-        layer = MainGradLinear(run.model.get_submodule(name), run.optimizer)
-        setattr(run.model.get_submodule(parent), attribute, layer)
+        layers[name] = MainGradLinear(run.model.get_submodule(name), run.optimizer)
+        _replace(run.model, name, layers[name])
+    for names in groups(layers.items()):
+        SharedLinears([layers[name] for name in names])
+    for name in trained_embeddings(run):
+        _replace(run.model, name, MainGradEmbedding(run.model.get_submodule(name), run.optimizer))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
 
 
 def trained_linears(run: Run) -> list[str]:
     """Names of the layers that `apply` swaps, in the model's order."""
-    named = run.model.named_modules()
-    return [name for name, m in named if name and is_plain(m) and run.optimizer.collector(m.weight) is not None]
+    return [name for name, module in run.model.named_modules() if name and is_plain(module) and _collects(run, module)]
+
+
+def trained_embeddings(run: Run) -> list[str]:
+    """Names of the embeddings that `apply` swaps. Their hooks come along: with checkpointing transformers puts one there."""
+    return [name for name, module in run.model.named_modules() if name and only_looks_up(module) and _collects(run, module)]
+
+
+def _collects(run: Run, module: nn.Module) -> bool:
+    """Whether the weight trains, the optimizer says where its gradient is added up, and nobody else wants to see it."""
+    weight = module.weight
+    return weight.requires_grad and not weight._backward_hooks and run.optimizer.collector(weight) is not None
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether `module` is an nn.Linear that trains, and nothing watches its calls or its weight's gradient."""
-    if type(module) is not nn.Linear or is_watched(module):
+    """Whether `module` is an nn.Linear and no more, and nothing watches its calls."""
+    return type(module) is nn.Linear and not is_watched(module)
+
+
+def only_looks_up(module: nn.Module) -> bool:
+    """Whether `module` is an nn.Embedding that neither scales its rows, nor its gradient, nor has a forward of its own."""
+    if type(module) is not nn.Embedding or "forward" in vars(module):
         return False
-    return module.weight.requires_grad and not module.weight._backward_hooks
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse

@@ -47,7 +47,8 @@ OPTIMIZATION = Optimization(
     why_exact=(
         "the same products, with logits in the compute dtype and softmax and loss in fp32; each row's exponentials and the "
         "loss are summed in another order, d weight is summed over chunks in fp32, and the incoming gradient is multiplied "
-        "after the two backward products, which are still in fp32 there, and not before them"
+        "after the two backward products, which are still in fp32 there, and not before them; a trained weight's gradient "
+        "is not rounded on its way to the optimizer's fp32 sum"
     ),
     eligible=patch.eligible,
     apply=patch.apply,

@@ -1,4 +1,5 @@
-"""The row kernel as a launch over a vocabulary divisible by 16 compiles it, with and without the gradient."""
+"""The row kernel as a launch over a vocabulary divisible by 16 compiles it, with and without the gradient; the kernel that
+adds a trained head's gradient to the optimizer's sum, or writes it there."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from . import kernel
 # 128 registers: 2 blocks of 8 warps on an SM, each of which reads 32 logits a thread at a time
 EXPECTED = Expected(registers=128)
 
-CASES = tuple(
+ROWS = tuple(
     CompileCase(
         name=f"{'loss and gradient' if gradient else 'loss'}, {dtype}",
         kernel=kernel._row_kernel,
@@ -24,3 +25,18 @@ CASES = tuple(
     for gradient in (False, True)
     for dtype in ("bf16", "fp32")
 )  # fmt: skip
+
+SCALES = tuple(
+    CompileCase(
+        name=f"trained head's gradient, {'added' if add else 'written'}",
+        kernel=kernel._scale_kernel,
+        signature={"p_gradient": "*fp32", "p_factor": "*fp32", "p_total": "*fp32", "size": "i32"},
+        expected=Expected(registers=64, narrow_accesses=1),  # the factor
+        constexprs={"ADD": add, "BLOCK": kernel.SCALE_BLOCK},
+        multiples_of_16=("size",),
+        options={"num_warps": kernel.SCALE_WARPS},
+    )
+    for add in (False, True)
+)
+
+CASES = (*ROWS, *SCALES)

@@ -25,6 +25,7 @@ IGNORED = tl.constexpr(IGNORE)
 LOWEST = tl.constexpr(-3.4e38)  # finite, unlike -inf: a difference with it is no NaN
 BLOCK = 8192  # logits a step of one row: 16 a thread
 WARPS = 16
+SCALE_BLOCK, SCALE_WARPS = 2048, 4  # numbers a program, in loads of 16 bytes
 TILE_INTERPRETED = 1 << 16  # the interpreter's cost is per step of a program, not per element
 CHUNK_BYTES = 1 << 30  # of logits at a time
 CHUNK_LEAST_ROWS = 1024  # whatever they take: every chunk reads the whole head, and a product of few rows is bound by that
@@ -91,6 +92,31 @@ def _row_kernel(
             b_dx = b_p - tl.where(o_column[None, :] == b_label[:, None], 1.0, 0.0)
             b_dx = tl.where(m_counts[:, None], b_dx, 0.0)
             tl.store(p_tile, b_dx.to(p_logits.dtype.element_ty), mask=m_row[:, None] & m_column)
+
+
+@triton.jit
+def _scale_kernel(p_gradient, p_factor, p_total, size, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    # int64: a head may have more than 2^31 numbers
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < size
+    b_total = tl.load(p_gradient + o, mask=mask) * tl.load(p_factor)
+    if ADD:
+        b_total += tl.load(p_total + o, mask=mask)
+    tl.store(p_total + o, b_total, mask=mask)
+
+
+def add_scaled(gradient: Tensor, factor: Tensor, held: Tensor | None = None, into: Tensor | None = None) -> Tensor:
+    """gradient * factor, added to `held` in place where there is one, else written to `into` where that is given.
+
+    gradient, held, into and the result: one shape, fp32, contiguous, on one device; factor: one fp32 number there.
+    """
+    total = held if held is not None else torch.empty_like(gradient) if into is None else into
+    block = TILE_INTERPRETED if INTERPRETED.value else SCALE_BLOCK
+    with torch.cuda.device(gradient.device) if gradient.is_cuda else contextlib.nullcontext():
+        _scale_kernel[(triton.cdiv(gradient.numel(), block),)](
+            gradient, factor, total, gradient.numel(), ADD=held is not None, BLOCK=block, num_warps=SCALE_WARPS
+        )
+    return total
 
 
 def cross_entropy_rows_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
@@ -206,16 +232,8 @@ def _differentiate(ctx, dloss: Tensor, *_: None) -> tuple[Tensor | None, Tensor 
 _forward.register_autograd(_differentiate, setup_context=_save_gradients)
 
 
-def linear_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum over rows of the cross-entropy of `rows @ weight.T` with `labels`, a fp32 scalar, without all logits at once.
-
-    rows [N, D] and weight [V, D]: one dtype, bfloat16 or float32; labels [N] int64, IGNORE where a row does not count. One
-    device: CUDA, or CPU in Triton's interpreter. Logits are in the dtype of the inputs, softmax and loss in fp32, and d
-    weight is summed over chunks in fp32. Differentiable once in rows and weight; what needs no gradient costs nothing.
-    A label outside the vocabulary raises IndexError on a CPU and gives NaN on a GPU. Raises ValueError for other inputs.
-    The method: logits in chunks with their gradient taken in forward, as in Liger Kernel (arXiv 2410.10989); the sum of
-    exponentials in one pass, Milakov and Gimelshein 2018 (arXiv 1805.02867).
-    """
+def check_inputs(rows: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """Raises ValueError for shapes, dtypes or devices that `linear_cross_entropy` does not take."""
     sides = (rows, weight, labels)
     if rows.ndim != 2 or weight.ndim != 2 or rows.shape[1] != weight.shape[1] or labels.shape != rows.shape[:1]:
         shapes = ", ".join(str(list(side.shape)) for side in sides)
@@ -228,6 +246,19 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor
     if len({side.device for side in sides}) > 1:
         devices = ", ".join(str(side.device) for side in sides)
         raise ValueError(f"linear_cross_entropy: rows, weight and labels must be on one device, not {devices}")
+
+
+def linear_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum over rows of the cross-entropy of `rows @ weight.T` with `labels`, a fp32 scalar, without all logits at once.
+
+    rows [N, D] and weight [V, D]: one dtype, bfloat16 or float32; labels [N] int64, IGNORE where a row does not count. One
+    device: CUDA, or CPU in Triton's interpreter. Logits are in the dtype of the inputs, softmax and loss in fp32, and d
+    weight is summed over chunks in fp32. Differentiable once in rows and weight; what needs no gradient costs nothing.
+    A label outside the vocabulary raises IndexError on a CPU and gives NaN on a GPU. Raises ValueError for other inputs.
+    The method: logits in chunks with their gradient taken in forward, as in Liger Kernel (arXiv 2410.10989); the sum of
+    exponentials in one pass, Milakov and Gimelshein 2018 (arXiv 1805.02867).
+    """
+    check_inputs(rows, weight, labels)
     training = torch.is_grad_enabled()
     loss, _, _ = _forward(rows, weight, labels, training and rows.requires_grad, training and weight.requires_grad)
     return loss

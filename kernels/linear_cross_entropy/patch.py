@@ -56,5 +56,12 @@ def _scaled_logits(model: nn.Module) -> str | None:
 
 def apply(run: Run) -> None:
     from .kernel import linear_cross_entropy_head
+    from .main_grad import MainGradHead
 
-    run.loss_head = linear_cross_entropy_head
+    run.loss_head = MainGradHead(run.optimizer) if _collects(run) else linear_cross_entropy_head
+
+
+def _collects(run: Run) -> bool:
+    """Whether the optimizer says where the gradient of the head's weight is added up, and nobody else wants to see it."""
+    weight = run.model.get_output_embeddings().weight
+    return hasattr(run.optimizer, "collector") and run.optimizer.collector(weight) is not None and not weight._backward_hooks

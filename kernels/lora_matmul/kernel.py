@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels import shared_input
+
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -241,49 +243,16 @@ class SharingLinear(nn.Linear):
 Member = FusedLora | SharingLinear
 
 
-class SharedInput:
-    """Projections that are called one after another with the same tensor, and are computed at the first of these calls.
-
-    What the others are to be given is kept until they ask, for the very same tensor, unchanged, in the same mode and with
-    the same weights; anything else, a member that asks twice included, is computed anew. Once all have asked nothing is
-    kept, so in a model that calls every member no graph outlives the layer's forward.
-    """
+class SharedInput(shared_input.SharedInput):
+    """Adapted projections, then narrow frozen ones, as one node."""
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self.adapted = tuple(member for member in members if isinstance(member, FusedLora))
-        self.plain = tuple(member for member in members if isinstance(member, SharingLinear))
-        for member in self.members:
-            member.shared = self
-        self.input: Tensor | None
-        self.key: tuple | None
-        self.waiting: dict[Member, Tensor]
-        self._forget()
+        adapted = [member for member in members if isinstance(member, FusedLora)]
+        super().__init__([*adapted, *(member for member in members if isinstance(member, SharingLinear))])
 
-    @property
-    def members(self) -> tuple[Member, ...]:
-        return (*self.adapted, *self.plain)
-
-    def output(self, member: Member, x: Tensor) -> Tensor:
-        """What `member` makes of x."""
-        if any(other.drops for other in self.members) or x.is_inference():
-            return member.alone(x)
-        key = self._key(x)
-        if self.input is not x or self.key != key or member not in self.waiting:
-            self._forget()  # first: what comes may need the memory, or fail
-            outputs = _together(self.adapted, self.plain, x)
-            self.input, self.key, self.waiting = x, key, dict(zip(self.members, outputs, strict=True))
-        own = self.waiting.pop(member)
-        if not self.waiting:
-            self._forget()
-        return own
-
-    def _forget(self) -> None:
-        self.input, self.key, self.waiting = None, None, {}
-
-    def _key(self, x: Tensor) -> tuple:
-        """What must not change between the calls: gradients on or off, and the contents of x and of every weight."""
-        held = (tensor for member in self.members for tensor in member.tensors)
-        return torch.is_grad_enabled(), x._version, *((id(tensor), tensor._version) for tensor in held)
+    def together(self, x: Tensor) -> tuple[Tensor, ...]:
+        adapted = [member for member in self.members if isinstance(member, FusedLora)]
+        return _together(adapted, self.members[len(adapted) :], x)
 
 
 def _together(

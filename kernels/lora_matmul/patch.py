@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from kernels import shared_input
 from kernels.swapping import is_watched
 from loop.lora import Adapter, adapters
 
@@ -15,13 +16,6 @@ if TYPE_CHECKING:
     from loop.run import Run
 
 NARROW_COLUMNS = 128  # of a frozen projection, at most: its weight is copied beside the adapters' at every call
-# Projections that the models' attention, MLP and gated-delta layers call with one and the same tensor, in turn. That they do
-# is what makes sharing pay; where they do not, every call is computed for what it is given.
-SHARE_AN_INPUT = (
-    frozenset({"q_proj", "k_proj", "v_proj"}),
-    frozenset({"gate_proj", "up_proj"}),
-    frozenset({"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}),
-)
 
 
 def eligible(run: Run) -> str | None:
@@ -60,24 +54,16 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def groups(members: dict[str, Member]) -> list[list[str]]:
     """Names of at least two projections each that hang on one parent and share its input, one of them adapted. In `members`
     adapted ones come first."""
-    found: dict[tuple, list[str]] = {}
-    for name, member in members.items():
-        parent, _, attribute = name.rpartition(".")
-        kind, weight = _kind(attribute), member.tensors[0]
-        if kind is not None:
-            found.setdefault((parent, kind, weight.shape[1], weight.dtype), []).append(name)
-    return [names for names in found.values() if len(names) > 1 and isinstance(members[names[0]], FusedLora)]
-
-
-def _kind(attribute: str) -> frozenset[str] | None:
-    return next((kind for kind in SHARE_AN_INPUT if attribute in kind), None)
+    return [names for names in shared_input.groups(members.items()) if isinstance(members[names[0]], FusedLora)]
 
 
 def narrow_projections(model: nn.Module) -> list[str]:
     """The projections that might share an input with adapted ones, and are frozen Linears of few columns and nothing more,
     in the model's order."""
     return [
-        name for name, module in model.named_modules() if _kind(name.rpartition(".")[2]) is not None and _is_narrow(module)
+        name
+        for name, module in model.named_modules()
+        if shared_input.kind(name.rpartition(".")[2]) is not None and _is_narrow(module)
     ]
 
 

@@ -148,6 +148,10 @@ GOOD = '[[step]]\nname = "a"\ngpu = 0\nminutes = 1\ncommand = ["true"]\n'
         (GOOD.replace('"true"', '"{no}"'), "step 1: {no}: [words] has no no"), ("words = 3\n" + GOOD, "[words]: a word, or"),
         (GOOD + "[words]\na = 3\n", "[words]: a word, or"), (GOOD + "[words]\na = ['b', 3]\n", "[words]: a word, or"),
         (GOOD.replace('"true"', '"{a}"') + "[words]\na = []\n", "a list of words"),
+        ("words_of = 3\n" + GOOD, "words_of 3: the name of a file beside"),
+        ('words_of = "../x.toml"\n' + GOOD, "words_of '../x.toml': the name of a file beside"),
+        ('words_of = "none.toml"\n' + GOOD, "none.toml: no such file"),
+        ('words_of = "plan.toml"\n' + GOOD, "plan.toml: [words]: a word, or"),
         (GOOD.replace('["true"]', "[]"), "a list of words"), (GOOD.replace('["true"]', "[1]"), "a list of words"),
     ],
 )  # fmt: skip
@@ -163,12 +167,19 @@ def test_words_that_commands_share_are_spelt_out_once_and_only_whole_words(tmp_p
     assert step.command == ("run", "1", "--steps", "{one}", "a{one}")
 
 
+def test_words_that_plans_share_are_in_a_file_beside_them_and_a_plan_s_own_come_first(tmp_path):
+    (tmp_path / "both.toml").write_text('[words]\none = "1"\ntwo = ["2", "2"]\n', encoding="utf-8")
+    text = 'words_of = "both.toml"\n' + GOOD.replace('"true"', '"run", "{one}", "{two}"')
+    assert read_plan(plan(tmp_path, text))[0].command == ("run", "1", "2", "2")
+    assert read_plan(plan(tmp_path, text + '[words]\none = "own"\n'))[0].command == ("run", "own", "2", "2")
+
+
 def test_a_plan_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"none\.toml: no such file$"):
         read_plan(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "sessions").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "sessions").glob("*_*.toml")), ids=lambda path: path.stem)
 def test_the_plans_here_name_what_is_there(path):
     known = {"all", *discover(), *(peer.name for peer in PEERS)}
     for one in read_plan(path):

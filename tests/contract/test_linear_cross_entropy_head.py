@@ -11,7 +11,8 @@ from torch import nn
 
 from kernels import registry
 from kernels.full_ft_linear.kernel import MainGradLinear
-from kernels.linear_cross_entropy import OPTIMIZATION, kernel
+from kernels.linear_cross_entropy import OPTIMIZATION, kernel, main_grad
+from kernels.linear_cross_entropy.main_grad import MainGradHead
 from kernels.linear_cross_entropy.patch import AFTER_THE_HEAD, eligible
 from kernels.supervised_logits.kernel import LEAST_ROWS
 from loop import lora
@@ -59,7 +60,8 @@ def accumulated(run: Run, batches: list[PackedBatch]) -> tuple[torch.Tensor, dic
 def switched_on(run: Run) -> Run:
     assert OPTIMIZATION.eligible(run) is None
     OPTIMIZATION.apply(run)
-    assert run.loss_head is kernel.linear_cross_entropy_head
+    trains = run.model.get_output_embeddings().weight.requires_grad
+    assert type(run.loss_head) is MainGradHead if trains else run.loss_head is kernel.linear_cross_entropy_head
     return run
 
 
@@ -123,6 +125,76 @@ def test_beside_full_ft_linear_whichever_comes_first(dtype):
         for name, gradient in gradients.items():
             error = (own_gradients[name] - gradient).norm()
             assert error <= (1e-5 if dtype == "float32" else 0.03) * gradient.norm() + 1e-8, name
+
+
+def test_the_weight_s_gradient_is_summed_in_fp32_and_seen_by_no_hook():
+    """Nothing is left for autograd, and of a head in bf16 the sum of two micro-steps is near the truth: rounding
+    each of them would be off by 2^-9."""
+    run, seen = switched_on(built("qwen3-tiny", "full", "bfloat16")), []
+    weight = run.model.get_output_embeddings().weight
+    weight.register_hook(lambda gradient: seen.append(gradient))
+    rows, labels = torch.randn(40, weight.shape[1]).bfloat16().to(DEVICE), torch.randint(V, (40,)).to(DEVICE)
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    for factor in (0.3, 0.7):
+        loss = main_grad._Loss.apply(rows.clone().requires_grad_(), weight, labels, run.loss_head)
+        (factor * loss).backward()
+        _, _, gradient = torch.ops.isoloss.linear_cross_entropy(rows, weight.detach(), labels, False, True)
+        total += factor * gradient.double().cpu()
+    own = run.optimizer.collector(weight).grad
+    assert set(seen) == {None} and weight.grad is None
+    assert (own.cpu() - total).norm() < 2**-22 * total.norm()
+
+
+def test_a_place_is_written_to_and_a_second_backward_adds_the_same():
+    run = switched_on(built("qwen3-tiny", "full", "bfloat16"))
+    weight = run.model.get_output_embeddings().weight
+    collector = run.optimizer.collector(weight)
+    place = torch.full(weight.shape, float("nan"), dtype=torch.float32, device=DEVICE)
+    hidden = torch.randn(2, LENGTH, weight.shape[1], device=DEVICE).bfloat16().requires_grad_()
+    with run.optimizer.deferring({collector: place}):
+        loss = run.loss_head(run.model, hidden, batch_of(1, 0.9).to(DEVICE))
+        loss.backward(retain_graph=True)
+        assert collector.grad is place and place.isfinite().all()
+        first = place.clone()
+        loss.backward()
+    assert torch.equal(collector.grad, first + first)
+    with torch.no_grad():
+        assert not run.loss_head(run.model, hidden, batch_of(1, 0.9).to(DEVICE)).requires_grad
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_after_a_release_autograd_gets_it(when):
+    run, stock = switched_on(built("qwen3-tiny", "full", "bfloat16")), switched_on(built("qwen3-tiny", "full", "bfloat16"))
+    stock.loss_head = kernel.linear_cross_entropy_head
+    stock.optimizer.release()
+    if when == "before":
+        run.optimizer.release()
+    found = []
+    for own in (run, stock):
+        hidden = torch.randn(2, LENGTH, own.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        loss = own.loss_head(own.model, hidden.bfloat16().to(DEVICE).requires_grad_(), batch_of(1, 0.9).to(DEVICE))
+        own.optimizer.release()
+        loss.backward()
+        found.append(own.model.get_output_embeddings().weight.grad)
+    assert torch.equal(*found)
+
+
+def test_a_weight_whose_gradient_is_watched_keeps_autograd_s_way():
+    run = built("qwen3-tiny", "full")
+    run.model.get_output_embeddings().weight.register_hook(lambda gradient: 2 * gradient)
+    OPTIMIZATION.apply(run)
+    assert run.loss_head is kernel.linear_cross_entropy_head
+
+
+@pytest.mark.parametrize("size", [1, 5, 2048, 70001])
+def test_adding_what_is_scaled(size):
+    gradient, held = torch.randn(size, device=DEVICE), torch.randn(size, device=DEVICE)
+    factor = torch.tensor(0.37, device=DEVICE)
+    assert torch.equal(kernel.add_scaled(gradient, factor), gradient * factor)
+    into = torch.full_like(held, float("nan"))
+    assert kernel.add_scaled(gradient, factor, None, into) is into and torch.equal(into, gradient * factor)
+    want = held.double() + gradient.double() * factor.double()
+    assert kernel.add_scaled(gradient, factor, held) is held and (held.double() - want).abs().max() < 1e-6
 
 
 def test_refuses_a_head_that_is_more_than_a_product(monkeypatch):
