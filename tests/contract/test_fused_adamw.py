@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from kernels.fused_adamw import kernel
 from kernels.fused_adamw.kernel import Moved, Settings, update
 from kernels.fused_adamw.optimizer import FusedMasterAdamW
 from kernels.fused_adamw.patch import apply, eligible
+from kernels.registry import discover
 from loop.config import Config, OptimConfig
 from loop.optim import MasterAdamW
 from loop.training import switch_on, train
@@ -257,12 +259,20 @@ def test_graphs_go_on_after_a_step(dtype):
     assert run.micro_step.counts == {REPLAYS: 6, CAPTURES: 2}
 
 
-def test_full_ft_linear_still_adds_to_the_masters_gradients():
+@pytest.mark.parametrize(
+    "names", [["full_ft_linear", "fused_adamw"], ["full_ft_linear", "fused_adamw", "linear_cross_entropy"]], ids="+".join
+)
+@pytest.mark.parametrize("turned", [False, True], ids=["in order", "the other way round"])
+def test_who_adds_to_the_masters_gradients_still_does(names, turned):
+    names = names[::-1] if turned else names
     run, _ = made(graphed=False, method="full", dtype="bfloat16")
-    switch_on(run, ["full_ft_linear", "fused_adamw"])
-    assert run.enabled == ["full_ft_linear", "fused_adamw"]
-    linear = next(m for m in run.model.modules() if type(m).__name__ == "MainGradLinear")
-    assert linear.optimizer() is not None
+    for name in names:  # not `switch_on`, which has an order of its own
+        assert discover()[name].eligible(run) is None
+        discover()[name].apply(run)
+    gc.collect()
+    owners = [m.main for m in run.model.modules() if hasattr(m, "main")] + [getattr(run.loss_head, "main", None)]
+    assert len(owners) > 3 and all(main.optimizer() is not None for main in owners if main is not None)
+    assert all(main.collector(p) is not None for main in owners if main for p in run.optimizer.parameters.values())
     run.micro_step(run, pack(run, 1), 50)
     before = copies(run.optimizer)
     assert all(gradient is not None for gradient in run.optimizer.gradients().values())
