@@ -28,13 +28,14 @@ class Shipping:
 @dataclass(frozen=True)
 class Setting:
     """One `[[setting]]`: what was trained, and what passed there and paid. pack_length in tokens, None if unknown.
-    supervise: as in the recipe's data."""
+    supervise: as in the recipe's data. rank: of LoRA's adapters, None if unknown or without them."""
 
     model: str
     method: str
     dtype: str
     pack_length: int | None
     supervise: str
+    rank: int | None
     enable: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -47,8 +48,8 @@ def read_shipping(config: Config, device_slug: str, dtype: str, reports: Path = 
 
     A setting is the one at hand if model, method and `dtype`, what "auto" came to, are the same to the letter: a folder may
     hold the very architecture of a named shape, but nothing here says so. Of several pack lengths the nearest counts, of two
-    equally near the shorter; of two that differ in what is supervised, the one that does as `config`. Raises UserError for a
-    damaged file and for one of another schema.
+    equally near the shorter; of two that differ in what is supervised, the one that does as `config`; then the nearest rank.
+    Raises UserError for a damaged file and for one of another schema.
     """
     path = reports / device_slug / "shipping.toml"
     where = f"{path.parent.name}/{path.name}"
@@ -59,15 +60,18 @@ def read_shipping(config: Config, device_slug: str, dtype: str, reports: Path = 
     fitting = [setting for setting in settings if (setting.model, setting.method, setting.dtype) == wanted]
     if not fitting:
         return Shipping((), f"nothing: {where} was measured for {_instead(settings, wanted)}")
-    length = config.data.pack_length
-    chosen = min(fitting, key=lambda s: (_distance(s.pack_length, length), s.supervise != config.data.supervise))
+    length, supervise, rank = config.data.pack_length, config.data.supervise, config.lora.rank
+    chosen = min(
+        fitting, key=lambda s: (_distance(s.pack_length, length), s.supervise != supervise, _distance(s.rank, rank))
+    )
     at = "" if chosen.pack_length in (None, length) else f" at pack length {chosen.pack_length}"
+    at += "" if chosen.rank in (None, rank) else f" with rank {chosen.rank}"
     names = f"{', '.join(chosen.enable)}:" if chosen.enable else "nothing: no optimization"
     return Shipping(chosen.enable, f"{names} passed the gate and paid on {device_slug}{at} ({where})")
 
 
-def _distance(measured: int | None, length: int) -> tuple[bool, int, int]:
-    return (True, 0, 0) if measured is None else (False, abs(measured - length), measured)
+def _distance(measured: int | None, wanted: int) -> tuple[bool, int, int]:
+    return (True, 0, 0) if measured is None else (False, abs(measured - wanted), measured)
 
 
 def _instead(settings: Sequence[Setting], wanted: tuple[str, str, str]) -> str:
@@ -100,11 +104,13 @@ def _setting(table: dict[str, Any], where: str) -> Setting:
     for key in ("model", "method", "dtype"):
         if not isinstance(table.get(key), str):
             raise UserError(f"{where}: {key} must be a text; {AGAIN}")
-    length, names, supervise = table.get("pack_length"), table.get("enable"), table.get("supervise", ASSISTANT)
-    if length is not None and type(length) is not int:
-        raise UserError(f"{where}: pack_length must be a whole number; {AGAIN}")
+    names, supervise = table.get("enable"), table.get("supervise", ASSISTANT)
+    for key in ("pack_length", "rank"):
+        if table.get(key) is not None and type(table[key]) is not int:
+            raise UserError(f"{where}: {key} must be a whole number; {AGAIN}")
     if not isinstance(supervise, str):
         raise UserError(f"{where}: supervise must be a text; {AGAIN}")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: enable must be a list of names; {AGAIN}")
-    return Setting(table["model"], table["method"], table["dtype"], length, supervise, tuple(names))
+    own = (table["model"], table["method"], table["dtype"], table.get("pack_length"), supervise, table.get("rank"))
+    return Setting(*own, tuple(names))

@@ -12,8 +12,8 @@ from bench.report.text import MARK, NOTHING, code, names, prose, ratio, setting_
 HOW = (
     "`python -m loop.train --data my.jsonl`, with the `--model` and `--method` of a row, switches on what `shipping.toml` "
     "allows for the device that it runs on: the setting with that very model, method and dtype, and of several pack lengths "
-    "the nearest. Arrows go from the reference to what ships; verdicts belong to a device and a setting and do not carry "
-    "over to another."
+    "and ranks the nearest. Arrows go from the reference to what ships; verdicts belong to a device and a setting and do "
+    "not carry over to another."
 )
 
 

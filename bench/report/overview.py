@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from abtest.verdict import Check, Level
 from bench.records import Perf, Record
@@ -32,7 +33,7 @@ from bench.report.text import (
     table,
     timed_all_the_same,
 )
-from loop.config import DataConfig
+from loop.config import DataConfig, LoraConfig
 
 ORDER = list(Level)
 LEGEND = """\
@@ -100,7 +101,15 @@ def train_command(setting: Setting) -> str:
     length = trained.pack_length
     words += ["--data.pack-length", str(length)] if length not in (None, DataConfig().pack_length) else []
     words += ["--data.supervise", trained.supervise] if trained.supervise != DataConfig().supervise else []
+    words += _lora(recipe.get("lora")) if trained.rank is not None else []
     return shlex.join(["python", "-m", "loop.train", *words, "--data", "my.jsonl"])
+
+
+def _lora(lora: Mapping[str, Any]) -> list[str]:
+    """Rank and scale of the adapters, where they are not the usual ones."""
+    usual = vars(LoraConfig())
+    given = [(name, lora.get(name)) for name in ("rank", "alpha")]
+    return [word for name, value in given if value not in (None, usual[name]) for word in (f"--lora.{name}", f"{value:g}")]
 
 
 def _speeds(before: Perf | None, after: Perf | None) -> str:

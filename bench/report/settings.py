@@ -26,13 +26,15 @@ class Trained:
     pack_length: int | None  # tokens
     dtype: str
     supervise: str = ASSISTANT
+    rank: int | None = None  # of LoRA's adapters
 
     @property
     def order(self) -> tuple:
-        """Real shapes before tiny ones, LoRA before full fine-tuning, long packs before short ones, usual targets first."""
+        """Real shapes before tiny ones, LoRA before full fine-tuning, long packs before short ones, usual targets first, and
+        high ranks before low ones."""
         return (
             is_tiny(self.model), self.model, self.method != "lora", self.method, -(self.pack_length or 0), self.dtype,
-            self.supervise != ASSISTANT, self.supervise,
+            self.supervise != ASSISTANT, self.supervise, -(self.rank or 0),
         )  # fmt: skip
 
 
@@ -45,13 +47,15 @@ def trained_by(recipe: Mapping[str, Any], dtype: object) -> Trained:
     """What a recipe says."""
     data = recipe.get("data")
     data = data if isinstance(data, Mapping) else {}
-    length = data.get("pack_length")
+    length, lora = data.get("pack_length"), recipe.get("lora")
+    rank = lora.get("rank") if isinstance(lora, Mapping) and recipe.get("method") == "lora" else None
     return Trained(
         model=str(recipe.get("model") or ""),
         method=str(recipe.get("method") or ""),
         pack_length=length if type(length) is int else None,
         dtype=str(dtype or ""),
         supervise=str(data.get("supervise") or ASSISTANT),
+        rank=rank if type(rank) is int else None,
     )
 
 
@@ -72,12 +76,16 @@ def reference_of(record: Record, run: Sequence[Record]) -> Record | None:
 
 def folder_names(settings: Sequence[Trained]) -> list[str]:
     """A folder name for each: model, method, pack length, dtype and unusual targets in lower-case letters, digits, dots and
-    dashes. Of a path or hub id only the last part shows; models that then look alike get a hash of the whole."""
-    plain = [_slug(one) for one in settings]
-    return [
-        f"{name}-{hashlib.sha256(repr(one).encode('utf-8', 'replace')).hexdigest()[:8]}" if plain.count(name) > 1 else name
-        for one, name in zip(settings, plain, strict=True)
-    ]
+    dashes. Of a path or hub id only the last part shows. Those that then look alike get their rank, and if that does not
+    tell them apart a hash of the whole."""
+    names = _apart([_slug(one) for one in settings], [f"r{one.rank}" for one in settings])
+    return _apart(names, [hashlib.sha256(repr(one).encode("utf-8", "replace")).hexdigest()[:8] for one in settings])
+
+
+def _apart(names: Sequence[str], ends: Sequence[str]) -> list[str]:
+    """Each name that others have, too, with its end, if their ends differ."""
+    own = [{end for other, end in zip(names, ends, strict=True) if other == name} for name in names]
+    return [f"{name}-{end}" if len(alike) > 1 else name for name, end, alike in zip(names, ends, own, strict=True)]
 
 
 def _slug(one: Trained) -> str:

@@ -9,6 +9,7 @@ The file is TOML. Top-level keys:
         model, method, dtype   as in the recipe ("" where the record does not say)
         pack_length            tokens of a pack (left out where the record does not say)
         supervise              as `data.supervise`; left out where it is the default, the assistant's tokens
+        rank                   of LoRA's adapters (left out for full fine-tuning and where the record does not say)
         run_id                 the run whose records decided
         enable                 the optimizations to switch on, all of them together; may be empty
         [setting.not_enabled]  every other optimization of that run = why not, in words
@@ -175,10 +176,11 @@ def to_toml(device: Device, decisions: Iterable[Shipping]) -> str:
 
 def _setting(trained: Trained, run_id: str, shipping: Shipping) -> list[str]:
     length = [] if trained.pack_length is None else [f"pack_length = {trained.pack_length}"]
+    rank = [] if trained.rank is None else [f"rank = {trained.rank}"]
     targets = {} if trained.supervise == ASSISTANT else {"supervise": trained.supervise}
     return [
         "[[setting]]",
-        *_pairs({"model": trained.model, "method": trained.method}), *length,
+        *_pairs({"model": trained.model, "method": trained.method}), *rank, *length,
         *_pairs({"dtype": trained.dtype} | targets | {"run_id": run_id}),
         f"enable = [{', '.join(quoted(name) for name in shipping.enable)}]",
         "",

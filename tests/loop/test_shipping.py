@@ -127,6 +127,19 @@ def test_of_two_that_differ_in_what_is_supervised_the_own_one_counts(tmp_path, l
     assert read(tmp_path, every, setting("usual"), setting("long", pack_length=5376), data=data).enable == (chosen,)
 
 
+@pytest.mark.parametrize(
+    ("rank", "chosen", "at"),
+    [(16, "low", ""), (24, "low", " with rank 16"), (128, "high", ""), (100, "high", " with rank 128")],
+)
+def test_of_several_ranks_the_nearest_counts_and_is_said(tmp_path, rank, chosen, at):
+    settings = [
+        setting(name).replace('run_id = "r"', f'rank = {own}\nrun_id = "r"') for name, own in (("high", 128), ("low", 16))
+    ]
+    lora = dataclasses.replace(Config().lora, rank=rank)
+    shipping = read(tmp_path, setting("unknown"), *settings, setting("full", method="full"), lora=lora)
+    assert shipping == Shipping((chosen,), f"{chosen}: passed the gate and paid on box-1{at} ({WHERE})")
+
+
 def test_a_pack_length_that_is_unknown_is_better_than_none(tmp_path):
     assert read(tmp_path, setting("a", pack_length=None)).enable == ("a",)
 
@@ -151,6 +164,7 @@ def test_a_file_of_another_schema_says_how_to_renew_it(tmp_path, schema):
         f"schema = 2\n[[setting]]\n{TRAINED}enable = [1]",
         f"schema = 2\n[[setting]]\n{TRAINED}enable = {{a = 1}}",
         f'schema = 2\n[[setting]]\n{TRAINED}pack_length = "512"\nenable = []',
+        f"schema = 2\n[[setting]]\n{TRAINED}rank = 1.5\nenable = []",
         'schema = 2\n[[setting]]\nmodel = "m"\nmethod = "lora"\nenable = []',
         "[" * 5000,
         b"\xff\xfe",

@@ -20,7 +20,7 @@ from bench.records import Record
 from bench.report import differences, render, summary_json
 from bench.report.devices import select
 from bench.report.overview import train_command
-from bench.report.settings import Trained, folder_names
+from bench.report.settings import Trained, folder_names, trained_by
 from bench.report.shipping import decide, timing_floor
 from bench.report.text import launches_saved
 from loop.cli import parse
@@ -180,7 +180,7 @@ def test_an_arm_with_a_recipe_of_its_own_stays_beside_its_run(tmp_path):
     lora = {"run_id": "lora", "recipe": BIG}
     own = arm(3, "packing", 2.0, run_id="lora", recipe=BIG | {"data": {"pack_length": 1024}})
     (setting,) = select(SLUG, [stock(1, **lora), arm(2, "silu_mul", 1.3, **lora), own]).settings
-    assert setting.trained == Trained("qwen3.5-2b", "lora", 5376, "bfloat16") and len(setting.current) == 3
+    assert setting.trained == Trained("qwen3.5-2b", "lora", 5376, "bfloat16", rank=16) and len(setting.current) == 3
     shipping = decide(setting.run)
     assert shipping.enable == ("silu_mul",) and "stock of another recipe" in shipping.reasons["packing"]
     assert launches_saved(own, setting.stock_of(own)) is None
@@ -310,6 +310,32 @@ def test_what_is_supervised_is_part_of_a_setting(tmp_path):
     assert "every token supervised" not in (usual / "README.md").read_text(encoding="utf-8").partition("\n\n")[0]
     found = tomllib.loads((tmp_path / slug / "shipping.toml").read_text(encoding="utf-8"))["setting"]
     assert [(one.get("supervise"), one["enable"]) for one in found] == [(None, ["silu_mul"]), ("all", ["static_lora"])]
+
+
+def test_the_adapters_rank_is_part_of_a_setting(tmp_path):
+    """Other products, another noise floor. A folder says it where there are several, the command where it is unusual."""
+    high = synthetic.RECIPE | {"method": "lora", "lora": {"rank": 128, "alpha": 256.0}}
+    low = high | {"lora": {"rank": 16, "alpha": 32.0}}
+    slug = synthetic.ENVIRONMENT["device_slug"]
+    for day, (run_id, recipe) in enumerate((("high", high), ("low", low)), 1):
+        later = {"recipe": recipe, "run_id": run_id, "finished_at": f"2026-05-0{day}T00:00:00Z"}
+        for record in (synthetic.reference(**later), synthetic.record("static_lora", perf=synthetic.perf(1.2), **later)):
+            records.append(tmp_path / "data" / slug / "run.jsonl", record)
+    render(tmp_path / "data", tmp_path)
+    folders = sorted(path for path in (tmp_path / slug).iterdir() if path.is_dir())
+    assert [path.name.rpartition("-")[2] for path in folders] == ["r128", "r16"]
+    assert folder_names([trained_by(high, "bfloat16")]) == [folders[0].name.removesuffix("-r128")]
+    commands = [(path / "README.md").read_text(encoding="utf-8") for path in folders]
+    assert "--lora.rank 128 --lora.alpha 256" in commands[0] and "--lora" not in commands[1]
+    shipped = tomllib.loads((tmp_path / slug / "shipping.toml").read_text(encoding="utf-8"))["setting"]
+    assert [(one["rank"], one["run_id"]) for one in shipped] == [(128, "high"), (16, "low")]
+
+
+def test_full_fine_tuning_has_no_rank():
+    recipe = {"model": "m", "method": "full", "lora": {"rank": 16}, "data": {"pack_length": 512}}
+    assert trained_by(recipe, "bfloat16") == Trained("m", "full", 512, "bfloat16")
+    assert trained_by(recipe | {"method": "lora"}, "bfloat16").rank == 16
+    assert trained_by(recipe | {"method": "lora", "lora": {"rank": "16"}}, "bfloat16").rank is None
 
 
 def test_models_that_would_share_a_folder_do_not():

@@ -198,7 +198,7 @@ def test_the_file_has_the_documented_keys():
     } - {"silu_mul", "static_lora"}  # fmt: skip
     assert values == {"schema": 2, "device_slug": "example-gpu-x1", "device": "Example GPU X1"}
     assert setting == {
-        "model": "qwen3.5-tiny", "method": "lora", "pack_length": 512, "dtype": "bfloat16",
+        "model": "qwen3.5-tiny", "method": "lora", "rank": 16, "pack_length": 512, "dtype": "bfloat16",
         "run_id": "20260102-030405-ab12", "enable": ["silu_mul", "static_lora"],
     }  # fmt: skip
 
