@@ -65,8 +65,8 @@ def check_op(
 
     FAILED: a ratio above its limit, NaN or Inf, a missing gradient, a wrong shape or dtype, a modified input, a result
     that is not fully written, a second call (with seed 0 a checkpointed one) or second backward with other bits, other bits
-    under a BITWISE claim, or a RuntimeError. INVALID: the reference or the inputs can't be trusted. APPROX claims keep their level
-    while all but the ratios hold. The caller's random state is left as it was.
+    under a BITWISE claim, or a RuntimeError. INVALID: the reference or the inputs can't be trusted. APPROX claims keep their
+    level while all but the ratios hold. The caller's random state is left as it was.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
