@@ -39,17 +39,18 @@ class MainGradEmbedding(nn.Embedding):
 
     def deliver(self, dy: Tensor, ids: Tensor) -> Tensor | None:
         """dy [T, dim] to the rows ids [T] of the main gradient. Returns what is left for autograd: None, or all of it."""
-        collector = self.main.collector(self.weight)
-        if collector is None:
-            padding = -1 if self.padding_idx is None else self.padding_idx
-            return torch.ops.aten.embedding_dense_backward(dy, ids, self.num_embeddings, padding, False)
-        if self.padding_idx is not None:
-            dy = dy.masked_fill((ids == self.padding_idx)[:, None], 0)
-        if collector.grad is None:
-            place = self.main.place(collector)
-            collector.grad = torch.zeros_like(collector) if place is None else place.zero_()
-        add_rows_(collector.grad, ids, dy)
-        return None
+
+        def add(held: Tensor | None, into: Tensor | None) -> Tensor:
+            if held is None:
+                into = torch.empty_like(self.weight, dtype=torch.float32) if into is None else into
+                held = into.zero_()
+            rows = dy if self.padding_idx is None else dy.masked_fill((ids == self.padding_idx)[:, None], 0)
+            return add_rows_(held, ids, rows)
+
+        if self.main.take(self.weight, add):
+            return None
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        return torch.ops.aten.embedding_dense_backward(dy, ids, self.num_embeddings, padding, False)
 
 
 class _Embedding(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from kernels.shared_input import SharedInput
 from loop.optim import MasterAdamW
 
 NARROW = (torch.bfloat16, torch.float16)
+# (held, into) -> the fp32 sum with a gradient added: to `held`, what came before in this step, in place; a first one is
+# written to `into`, or where there is none to a new tensor.
+Add = Callable[[Tensor | None, Tensor | None], Tensor]
 
 
 def weight_gradient(dy: Tensor, x: Tensor, held: Tensor | None = None, into: Tensor | None = None) -> Tensor:
@@ -50,10 +53,13 @@ class MainGrad:
         optimizer = self.optimizer()
         return None if optimizer is None else optimizer.collector(weight)
 
-    def place(self, collector: Tensor) -> Tensor | None:
-        """Where the first gradient of a step is written, if somewhere in particular."""
-        optimizer = self.optimizer()
-        return None if optimizer is None else optimizer.place(collector)
+    def take(self, weight: nn.Parameter, add: Add) -> bool:
+        """Has a gradient added to the weight's sum. Whether that is known; if not, `add` is not asked, and it is left."""
+        collector = self.collector(weight)
+        if collector is None:
+            return False
+        collector.grad = add(collector.grad, self.optimizer().place(collector))
+        return True
 
 
 class MainGradLinear(nn.Linear):
@@ -83,11 +89,8 @@ class MainGradLinear(nn.Linear):
 
     def deliver(self, dy: Tensor, x: Tensor) -> Tensor | None:
         """Adds dy^T x to the weight's main gradient. Returns what is left for autograd: None, or all of it."""
-        collector = self.main.collector(self.weight)
-        if collector is None:
-            return dy.t() @ x
-        collector.grad = weight_gradient(dy, x, collector.grad, self.main.place(collector))
-        return None
+        taken = self.main.take(self.weight, lambda held, into: weight_gradient(dy, x, held, into))
+        return None if taken else dy.t() @ x
 
 
 class SharedLinears(SharedInput):

@@ -37,31 +37,29 @@ def apply(run: Run) -> None:
     layers: dict[str, MainGradLinear] = {}
     for name in trained_linears(run):
         layers[name] = MainGradLinear(run.model.get_submodule(name), run.optimizer)
-        _replace(run.model, name, layers[name])
+        run.model.set_submodule(name, layers[name])
     for names in groups(layers.items()):
         SharedLinears([layers[name] for name in names])
     for name in trained_embeddings(run):
-        _replace(run.model, name, MainGradEmbedding(run.model.get_submodule(name), run.optimizer))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+        run.model.set_submodule(name, MainGradEmbedding(run.model.get_submodule(name), run.optimizer))
 
 
 def trained_linears(run: Run) -> list[str]:
     """Names of the layers that `apply` swaps, in the model's order."""
-    return [name for name, module in run.model.named_modules() if name and is_plain(module) and _collects(run, module)]
+    return [name for name, module in run.model.named_modules() if name and is_plain(module) and collects(run, module.weight)]
 
 
 def trained_embeddings(run: Run) -> list[str]:
     """Names of the embeddings that `apply` swaps. Their hooks come along: with checkpointing transformers puts one there."""
-    return [name for name, module in run.model.named_modules() if name and only_looks_up(module) and _collects(run, module)]
+    return [
+        name for name, module in run.model.named_modules() if name and only_looks_up(module) and collects(run, module.weight)
+    ]
 
 
-def _collects(run: Run, module: nn.Module) -> bool:
+def collects(run: Run, weight: nn.Parameter) -> bool:
     """Whether the weight trains, the optimizer says where its gradient is added up, and nobody else wants to see it."""
-    weight = module.weight
+    if not hasattr(run.optimizer, "collector"):
+        return False
     return weight.requires_grad and not weight._backward_hooks and run.optimizer.collector(weight) is not None
 
 

@@ -88,6 +88,4 @@ def apply(run: Run) -> None:
         raise ValueError(f"{type(run.model).__name__} has no gated RMSNorm to replace")
     for name in names:
         norm = run.model.get_submodule(name)
-        parent, _, attribute = name.rpartition(".")
-        fused = FusedGatedRMSNorm(norm.weight, epsilon(norm)).train(norm.training)
-        setattr(run.model.get_submodule(parent), attribute, fused)
+        run.model.set_submodule(name, FusedGatedRMSNorm(norm.weight, epsilon(norm)).train(norm.training))

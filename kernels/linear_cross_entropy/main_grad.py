@@ -37,11 +37,8 @@ class MainGradHead:
 
     def deliver(self, gradient: Tensor, factor: Tensor, weight: nn.Parameter) -> Tensor | None:
         """Adds gradient * factor, both fp32, to the weight's main gradient. Returns what is left for autograd."""
-        collector = self.main.collector(weight)
-        if collector is None:  # released since forward
-            return scaled(gradient, factor, weight.dtype)
-        collector.grad = kernel.add_scaled(gradient, factor, collector.grad, self.main.place(collector))
-        return None
+        taken = self.main.take(weight, lambda held, into: kernel.add_scaled(gradient, factor, held, into))
+        return None if taken else scaled(gradient, factor, weight.dtype)  # released since forward
 
 
 class _Loss(torch.autograd.Function):

@@ -8,6 +8,7 @@ from torch import nn
 
 from kernels.contract import Needs
 from kernels.full_ft_linear.kernel import MainGradLinear
+from kernels.full_ft_linear.patch import collects
 from kernels.registry import unmet
 from kernels.swapping import is_watched
 
@@ -58,10 +59,5 @@ def apply(run: Run) -> None:
     from .kernel import linear_cross_entropy_head
     from .main_grad import MainGradHead
 
-    run.loss_head = MainGradHead(run.optimizer) if _collects(run) else linear_cross_entropy_head
-
-
-def _collects(run: Run) -> bool:
-    """Whether the optimizer says where the gradient of the head's weight is added up, and nobody else wants to see it."""
-    weight = run.model.get_output_embeddings().weight
-    return hasattr(run.optimizer, "collector") and run.optimizer.collector(weight) is not None and not weight._backward_hooks
+    trained = collects(run, run.model.get_output_embeddings().weight)
+    run.loss_head = MainGradHead(run.optimizer) if trained else linear_cross_entropy_head

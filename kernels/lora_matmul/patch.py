@@ -37,18 +37,13 @@ def apply(run: Run) -> None:
     members: dict[str, Member] = {}
     for adapter in peft_adapters(run.model):
         members[adapter.name] = FusedLora(adapter.base, adapter.a, adapter.b, adapter.scaling, adapter.dropout)
-        _replace(run.model, adapter.name, members[adapter.name].train(adapter.module.training))
+        run.model.set_submodule(adapter.name, members[adapter.name].train(adapter.module.training))
     members |= {name: SharingLinear(run.model.get_submodule(name)) for name in narrow_projections(run.model)}
     for group in groups(members):
         SharedInput([members[name] for name in group])
         for name in group:
             if isinstance(members[name], SharingLinear):
-                _replace(run.model, name, members[name])
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+                run.model.set_submodule(name, members[name])
 
 
 def groups(members: dict[str, Member]) -> list[list[str]]:

@@ -112,14 +112,9 @@ def apply(run: Run) -> None:
     layers = fusable_layers(run.model, swapped)
     for name, zero_centred in swapped.items():
         norm = run.model.get_submodule(name)
-        _replace(run.model, name, FusedRMSNorm(norm.weight, epsilon(norm), zero_centred).train(norm.training))
+        run.model.set_submodule(name, FusedRMSNorm(norm.weight, epsilon(norm), zero_centred).train(norm.training))
     if layers:
         from .layer import FusedDecoderLayer
 
         for name in layers:
-            _replace(run.model, name, FusedDecoderLayer(run.model.get_submodule(name)))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+            run.model.set_submodule(name, FusedDecoderLayer(run.model.get_submodule(name)))

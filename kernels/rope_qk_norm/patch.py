@@ -88,5 +88,4 @@ def apply(run: Run) -> None:
     if not found:
         raise ValueError(f"{type(run.model).__name__} has no attention to replace")
     for name, form in found.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(run.model.get_submodule(parent), attribute, FusedQkAttention(run.model.get_submodule(name), form))
+        run.model.set_submodule(name, FusedQkAttention(run.model.get_submodule(name), form))

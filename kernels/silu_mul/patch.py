@@ -89,5 +89,4 @@ def apply(run: Run) -> None:
     if not names:
         raise ValueError(f"{type(run.model).__name__} has no gated SiLU MLP to replace")
     for name in names:
-        parent, _, attribute = name.rpartition(".")
-        setattr(run.model.get_submodule(parent), attribute, FusedMLP(run.model.get_submodule(name)))
+        run.model.set_submodule(name, FusedMLP(run.model.get_submodule(name)))

@@ -55,9 +55,7 @@ def apply(run: Run, engine: Engine = ENGINE) -> None:
     if not swaps:
         raise ValueError(f"{type(run.model).__name__} has no nn.Linear with a measured win on this device")
     for name, tiles in swaps.items():
-        parent, _, attribute = name.rpartition(".")
-        layer = DispatchedLinear(run.model.get_submodule(name), engine, tiles)
-        setattr(run.model.get_submodule(parent), attribute, layer)
+        run.model.set_submodule(name, DispatchedLinear(run.model.get_submodule(name), engine, tiles))
 
 
 def wins(run: Run, engine: Engine) -> dict[str, table.Tiles]:

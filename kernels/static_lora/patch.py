@@ -26,9 +26,8 @@ def apply(run: Run) -> None:
     from .kernel import StaticLora
 
     for adapter in _peft_adapters(run.model):
-        parent, _, name = adapter.name.rpartition(".")
         static = StaticLora(adapter.base, adapter.a, adapter.b, adapter.scaling, adapter.dropout)
-        setattr(run.model.get_submodule(parent), name, static.train(adapter.module.training))
+        run.model.set_submodule(adapter.name, static.train(adapter.module.training))
 
 
 def _obstacle(layer: nn.Module) -> str | None:
