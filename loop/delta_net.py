@@ -22,14 +22,16 @@ CHUNK = 64  # of transformers' delta rule, which pads every sequence to a multip
 
 @dataclass(frozen=True)
 class Pack:
-    """Document boundaries of one micro-batch: `cu_seqlens` [N + 1] int32 on the device, `lengths` on the host."""
+    """Document boundaries of one micro-batch: `cu_seqlens` [N + 1] int32 on the device, `lengths` on the host. rows: its
+    supervised positions, int64 [S] on the device, ascending; None where nobody knows them, so that all count."""
 
     cu_seqlens: torch.Tensor
     lengths: tuple[int, ...]
+    rows: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: PackedBatch) -> Pack:
-        return cls(batch.cu_seqlens, batch.lengths)
+        return cls(batch.cu_seqlens, batch.lengths, batch.supervised_positions)
 
     @cached_property
     def cu_seqlens_cpu(self) -> torch.Tensor:

@@ -186,6 +186,10 @@ class StaticPack(Pack):
         return made["bounds"]
 
     @property
+    def rows(self) -> torch.Tensor:
+        return self.__dict__["inputs"].ask_rows()
+
+    @property
     def chunk_indices(self) -> torch.Tensor:
         made = self.__dict__
         if "chunks" not in made:

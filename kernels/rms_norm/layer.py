@@ -7,14 +7,13 @@ Imported only once a Qwen3.5 model is there: importing transformers' modelling f
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
-Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
+from kernels.stand_in import Calls, stand_ins
 
 
 class FusedDecoderLayer(Qwen3_5DecoderLayer):
@@ -48,23 +47,6 @@ class FusedDecoderLayer(Qwen3_5DecoderLayer):
         return residual + self.mlp(normed)
 
 
-class _StandIn(nn.Module):
-    """Takes a submodule's place in a probe: writes down its calls and answers with a simple function of the first tensor."""
-
-    def __init__(self, name: str, calls: Calls, answer: Callable[[torch.Tensor], Any]):
-        super().__init__()
-        self.name, self.calls, self.answer = name, calls, answer
-
-    def forward(self, *arguments: Any, beside: bool = False, **keywords: Any) -> Any:
-        if len(arguments) == 2:  # the fused norm: x and residual
-            total = arguments[1] + arguments[0]
-            self.calls.append((self.name, (total,), keywords))
-            return self.answer(total), total
-        self.calls.append((self.name, arguments, keywords))
-        answer = self.answer(arguments[0] if arguments else keywords["hidden_states"])
-        return (answer, arguments[0]) if beside else answer
-
-
 def computes_the_same(layer: Qwen3_5DecoderLayer) -> bool:
     """Whether `layer`'s own forward calls what FusedDecoderLayer's calls, with the same arguments, to the same result.
 
@@ -78,19 +60,10 @@ def computes_the_same(layer: Qwen3_5DecoderLayer) -> bool:
     for kind in (type(layer), FusedDecoderLayer):
         calls: Calls = []
         probe = copy.copy(layer)
-        probe.__dict__["_modules"] = _stand_ins(layer, calls)
+        probe.__dict__["_modules"] = stand_ins(layer, calls)
         outcomes.append((kind.forward(probe, x, **keywords), calls))
     (own, own_calls), (fused, fused_calls) = outcomes
     return torch.equal(own, fused) and len(own_calls) == len(fused_calls) and all(map(_same, own_calls, fused_calls))
-
-
-def _stand_ins(layer: nn.Module, calls: Calls) -> dict[str, nn.Module]:
-    """One for every submodule, each with another function; attention returns its weights, too."""
-
-    def answer(name: str, factor: float) -> Callable[[torch.Tensor], Any]:
-        return lambda x: (x * factor + 1.0, None) if name == "self_attn" else x * factor + 1.0
-
-    return {name: _StandIn(name, calls, answer(name, 1.5 + index)) for index, name in enumerate(layer._modules)}
 
 
 def _same(one: tuple[str, tuple, dict], other: tuple[str, tuple, dict]) -> bool:
