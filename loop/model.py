@@ -112,14 +112,16 @@ def _from_checkpoint(folder: str, dtype: torch.dtype) -> nn.Module:
         raise UserError(f"--model {folder}: can't be loaded: {str(error).splitlines()[0]}") from error
 
 
-def forward_body(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """The last hidden states [B, L, D] of a packed batch, documents isolated.
+def forward_body(model: nn.Module, batch: PackedBatch, pack: Pack | None = None) -> torch.Tensor:
+    """The last hidden states [B, L, D] of a packed batch, documents isolated. pack: given to the layers in place of the
+    batch's own.
 
     Attention is kept apart by transformers' own block-diagonal mask, which it derives from position ids that restart;
     the gate compares with unpacked documents and so would see a version that stops doing that.
     """
     body = model.get_decoder()
-    out = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, pack=Pack.of(batch))
+    pack = Pack.of(batch) if pack is None else pack
+    out = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, pack=pack)
     return out.last_hidden_state
 
 
@@ -129,13 +131,13 @@ def cross_entropy_head(model: nn.Module, hidden: torch.Tensor, batch: PackedBatc
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def plain_micro_step(run: Run, batch: PackedBatch, step_supervised_tokens: int) -> torch.Tensor:
-    """Forward and backward of one micro-batch; returns the detached fp32 loss sum.
+def plain_micro_step(run: Run, batch: PackedBatch, step_supervised_tokens: int, pack: Pack | None = None) -> torch.Tensor:
+    """Forward and backward of one micro-batch; returns the detached fp32 loss sum. pack: as in `forward_body`.
 
     Gradients are of the sum divided by the supervised tokens of the whole *step*, so micro-steps add up to the gradient
     of one large batch however unevenly they are supervised.
     """
-    loss_sum = run.loss_head(run.model, forward_body(run.model, batch), batch)
+    loss_sum = run.loss_head(run.model, forward_body(run.model, batch, pack), batch)
     (loss_sum / max(step_supervised_tokens, 1)).backward()
     return loss_sum.detach()
 

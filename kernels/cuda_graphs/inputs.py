@@ -74,7 +74,7 @@ def padded_rows(batch: PackedBatch) -> torch.Tensor:
 
 
 def with_padded_rows(batch: PackedBatch) -> PackedBatch:
-    """The same batch, whose loss head computes the rows that it would compute in a graph."""
+    """The same batch, whose layers and loss head compute the rows that they would compute in a graph."""
     padded = dataclasses.replace(batch)
     padded.__dict__["lengths"] = batch.lengths
     padded.__dict__["supervised_positions"] = padded_rows(batch)

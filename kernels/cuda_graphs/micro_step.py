@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from loop.batch import PackedBatch
-from loop.model import plain_micro_step
+from loop.delta_net import Pack
+from loop.model import forward_body, plain_micro_step
 
-from .gradients import Accumulators, Held, deferred
+from .gradients import Accumulators, Held, Late, deferred
 from .inputs import ROWS, CannotCapture, Inputs, signature, with_padded_rows
 from .recorder import RandomState
 from .watch import Baked, Onlookers, watcher
@@ -41,16 +42,33 @@ class Recorder(Protocol):
 
 
 @dataclass(frozen=True)
+class Seam:
+    """What lies between two graphs, where the loss head runs without one. hidden [B, L, D]: what the first leaves, and
+    d_hidden: the gradient that `backward`, the second, begins with."""
+
+    hidden: torch.Tensor
+    d_hidden: torch.Tensor
+    backward: Graph
+
+
+@dataclass(frozen=True)
 class Captured:
-    """A graph, what it reads, and which masters have a gradient after it."""
+    """A graph of the whole micro-step, or of its forward where there is a seam; what it reads, and which masters have a
+    gradient in the end."""
 
     graph: Graph
     inputs: Inputs
     given: Held
+    seam: Seam | None = None
 
 
 class GraphedMicroStep:
     """Stands where `plain_micro_step` stood. Every micro-step is one replay, or plain for a reason that `counts` has.
+
+    With a frozen head a replay is two graphs, and between them the loss head runs as in the loop, on as many rows as there
+    are: it is few launches, which the host makes while the device is at the first graph, and its rows need no graphs of
+    their own. A head that trains may share its weight with the embeddings, whose gradients autograd adds to each other
+    before anybody sees them: there everything is one graph.
 
     Graphs belong to one run as it is: whatever of its model, loss head or optimizer becomes another object drops them.
     """
@@ -81,9 +99,18 @@ class GraphedMicroStep:
             return self._plain(reason, run, batch, step_supervised_tokens)
         captured.inputs.fill(batch, step_supervised_tokens)
         captured.graph.replay()
+        loss = self.loss.clone() if captured.seam is None else self._cross(run, batch, captured.inputs, captured.seam)
         self.gradients.publish(captured.given)
         self.counts[REPLAYS] += 1
-        return self.loss.clone()
+        return loss
+
+    def _cross(self, run: Run, batch: PackedBatch, inputs: Inputs, seam: Seam) -> torch.Tensor:
+        """The loss head, then the second graph. Returns the detached loss sum."""
+        with deferred(run.optimizer, self.gradients.buffers) as waiting:
+            loss = head_backward(run, seam.hidden, batch, inputs.scale, seam.d_hidden)
+            self.gradients.store(waiting)
+        seam.backward.replay()
+        return loss
 
     def _plain(self, reason: str, run: Run, batch: PackedBatch, step_supervised_tokens: int) -> torch.Tensor:
         if not self.counts[PLAIN + reason]:
@@ -92,8 +119,12 @@ class GraphedMicroStep:
         if self.graphs and self.recorder.crowded():
             self.graphs.clear()
             self.recorder.release()
-        batch = with_padded_rows(batch) if ROWS in self.asked else batch
-        return plain_micro_step(run, batch, step_supervised_tokens)
+        if ROWS not in self.asked:
+            return plain_micro_step(run, batch, step_supervised_tokens)
+        padded = with_padded_rows(batch)
+        if _head_trains(run):
+            return plain_micro_step(run, padded, step_supervised_tokens)
+        return plain_micro_step(run, batch, step_supervised_tokens, Pack.of(padded))
 
     def _follow(self, run: Run) -> str | None:
         """Starts over where the run is not what was captured. Says so where somebody began to watch a module."""
@@ -146,7 +177,21 @@ class GraphedMicroStep:
         gradients, random = self.gradients, RandomState(run.device)
         before, inputs = gradients.copies(held), Inputs(batch)
         inputs.fill(batch, step_supervised_tokens)
-        given: list[Held] = []
+        try:
+            with deferred(run.optimizer, gradients.buffers) as waiting:
+                record = self._whole if _head_trains(run) else self._in_two
+                return record(run, batch, inputs, held, waiting)
+        finally:
+            gradients.restore(held, before)
+            random.restore()
+
+    @property
+    def _warm_ups(self) -> range:
+        return range(1 if self.counts[CAPTURES] else WARM_UPS)
+
+    def _whole(self, run: Run, batch: PackedBatch, inputs: Inputs, held: Held, waiting: Late) -> Captured:
+        """One graph of everything."""
+        gradients, given = self.gradients, []
 
         def work() -> None:
             loss = forward_backward(run, inputs)
@@ -154,28 +199,71 @@ class GraphedMicroStep:
             given.append(gradients.held())
             self.loss.copy_(loss)
 
-        try:
-            with deferred(run.optimizer, gradients.buffers) as waiting:
-                for _ in range(1 if self.counts[CAPTURES] else WARM_UPS):
-                    gradients.start(held)
-                    self.recorder.warm(lambda: forward_backward(run, inputs))
-                    gradients.allocate(waiting)
-                    gradients.store(waiting)
-                gradients.start(held)
-                graph = self.recorder.record(work)
-        finally:
-            gradients.restore(held, before)
-            random.restore()
-        return Captured(graph, inputs, given[-1])
+        for _ in self._warm_ups:
+            gradients.start(held)
+            self.recorder.warm(lambda: forward_backward(run, inputs))
+            gradients.allocate(waiting)
+            gradients.store(waiting)
+        gradients.start(held)
+        return Captured(self.recorder.record(work), inputs, given[-1])
+
+    def _in_two(self, run: Run, batch: PackedBatch, inputs: Inputs, held: Held, waiting: Late) -> Captured:
+        """A graph of forward, and one of backward that begins with the gradients that the loss head leaves."""
+        gradients, made, given = self.gradients, [], []
+
+        def forward() -> None:
+            made[:] = [forward_body(run.model, inputs.batch(), inputs.pack())]
+
+        def rehearse() -> None:
+            forward()
+            d_hidden = torch.empty_like(made[0])
+            head_backward(run, made[0], batch, inputs.scale, d_hidden)
+            after_head[:] = [*waiting, *(master for master in gradients.masters if master.grad is not None)]
+            made[0].backward(d_hidden)
+
+        def backward() -> None:
+            made[0].backward(d_hidden)
+            gradients.store(waiting)
+            given.append(gradients.held())
+
+        after_head: list[torch.Tensor] = []
+        for _ in self._warm_ups:
+            gradients.start(held)
+            self.recorder.warm(rehearse)
+            gradients.allocate(waiting)
+            gradients.store(waiting)
+        d_hidden = torch.empty_like(made.pop())
+        first = self.recorder.record(forward)
+        gradients.start(tuple(any(master is one for one in after_head) for master in gradients.masters))
+        second = self.recorder.record(backward)
+        return Captured(first, inputs, given[-1], Seam(made[0].detach(), d_hidden, second))
+
+
+def _head_trains(run: Run) -> bool:
+    head = run.model.get_output_embeddings()
+    return head is None or any(parameter.requires_grad for parameter in head.parameters())
 
 
 def forward_backward(run: Run, inputs: Inputs) -> torch.Tensor:
     """The loop's `plain_micro_step` on static tensors: the gradient that its division sends back is given as a tensor."""
     batch = inputs.batch()
-    body = run.model.get_decoder()
-    out = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, pack=inputs.pack())
-    loss_sum = run.loss_head(run.model, out.last_hidden_state, batch)
+    loss_sum = run.loss_head(run.model, forward_body(run.model, batch, inputs.pack()), batch)
     loss_sum.backward(inputs.scale)
+    return loss_sum.detach()
+
+
+def head_backward(
+    run: Run, hidden: torch.Tensor, batch: PackedBatch, scale: torch.Tensor, d_hidden: torch.Tensor
+) -> torch.Tensor:
+    """The loss head forward and backward, as in `forward_backward`, from `hidden` on; hidden's gradient goes to d_hidden.
+    Returns the detached loss sum."""
+    leaf = hidden.detach().requires_grad_()
+    loss_sum = run.loss_head(run.model, leaf, batch)
+    loss_sum.backward(scale)
+    if leaf.grad is None:
+        d_hidden.zero_()
+    else:
+        d_hidden.copy_(leaf.grad)
     return loss_sum.detach()
 
 

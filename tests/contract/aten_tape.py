@@ -45,7 +45,8 @@ class TapedGraph:
             for tensor in _tensors(made):
                 if function._schema.is_mutable or _shares(tensor, (arguments, options)):
                     continue
-                tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+                # .data: autograd is not to count this as a change of what a second tape will read
+                tensor.data.fill_(math.nan if tensor.is_floating_point() else 0)
 
 
 class _Taping(TorchDispatchMode):

@@ -47,13 +47,15 @@ def test_replays_have_the_bits_of_the_loop(model, method, checkpointed):
     assert run.micro_step.counts == {REPLAYS: 8, CAPTURES: 2}  # of a step's first micro-step, and of a later one
 
 
-def test_a_whole_run_has_the_bits_of_the_loop_and_one_replay_a_micro_step():
+@pytest.mark.parametrize(("method", "graphs_a_step"), [("lora", 4), ("full", 2)])
+def test_a_whole_run_has_the_bits_of_the_loop_and_as_many_graphs_in_every_step(method, graphs_a_step):
+    """Of its two micro-steps; the head is between two graphs where it is frozen."""
     answers = []
     for graphed in (False, True):
-        run, dataset = made("qwen3.5-shallow-tiny", graphed=graphed)
+        run, dataset = made("qwen3.5-shallow-tiny", graphed=graphed, method=method)
         answers.append(free_run(run, dataset, 4, lambda done, steps: None))
     plain, graphs = answers
-    assert (graphs.pop("replays"), plain.pop("replays")) == ([2, 2, 2, 2], [0, 0, 0, 0])
+    assert (graphs.pop("replays"), plain.pop("replays")) == ([graphs_a_step] * 4, [0, 0, 0, 0])
     assert graphs == plain
 
 
@@ -167,11 +169,34 @@ def test_lengths_on_the_host_are_an_obstacle(caplog):
     assert len(caplog.records) == 1 and run.micro_step.recorder.warmed == 1
 
 
-def test_a_wait_for_the_device_is_an_obstacle_and_leaves_nothing_behind():
+def _waiting_head(*runs) -> None:
+    head = runs[0].loss_head
+    for run in runs:
+        run.loss_head = lambda model, hidden, batch: head(model, hidden, batch) * (1 if float(hidden.detach().sum()) else 2)
+
+
+def test_a_frozen_head_is_in_no_graph_and_may_wait():
+    run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
+    _waiting_head(run, plain)
+    assert same(outcome(run, pack(run, 1), pack(run, 2)), outcome(plain, pack(run, 1), pack(run, 2)))
+    assert run.micro_step.counts == {REPLAYS: 2, CAPTURES: 2}
+
+
+def test_a_frozen_head_that_gives_no_gradient_leaves_none():
+    """A loss that hidden states have no part in: what the last micro-step sent back must not come again."""
     run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
     head = run.loss_head
+    outcome(run, pack(run, 1))
     for own in (run, plain):
-        own.loss_head = lambda model, hidden, batch: head(model, hidden, batch) * (1 if float(hidden.sum()) else 2)
+        own.loss_head = lambda model, hidden, batch: head(model, hidden * 0 if batch is quiet else hidden, batch)
+    quiet = pack(run, 2)
+    for batch in (pack(run, 1), quiet, pack(run, 3)):
+        assert same([x + 0 for x in outcome(run, batch)], [x + 0 for x in outcome(plain, batch)])  # -0 is 0 here
+
+
+def test_a_wait_for_the_device_is_an_obstacle_and_leaves_nothing_behind():
+    run, plain = (made(graphed=graphed, method="full")[0] for graphed in (True, False))
+    _waiting_head(run, plain)
     torch.manual_seed(3)
     state = torch.get_rng_state()
     assert same(outcome(run, pack(run, 1), pack(run, 2)), outcome(plain, pack(run, 1), pack(run, 2)))

@@ -82,8 +82,9 @@ def test_a_graph_casts_all_gradients_together():
     outcome(run, pack(run, 1), pack(run, 2))
     counted = {}
     for (*_, held), captured in run.micro_step.graphs.items():
-        counted[any(held)] = Counter(function._schema.name for function, *_ in captured.graph.tape)
-        written = [arguments[0] for function, arguments, *_ in captured.graph.tape if "foreach" in function._schema.name]
+        tape = captured.seam.backward.tape
+        counted[any(held)] = Counter(function._schema.name for function, *_ in tape)
+        written = [arguments[0] for function, arguments, *_ in tape if "foreach" in function._schema.name]
         assert {len(targets) for targets in written} == {count}
     first, later = counted[False], counted[True]
     assert (first["aten::_foreach_copy_"], first["aten::_foreach_add_"]) == (1, 0)
@@ -115,7 +116,7 @@ def test_an_optimizer_that_leaves_nothing_adds_as_ever(launches):
 
 @pytest.mark.usefixtures("taped")
 def test_a_capture_that_fails_leaves_no_gradient_behind():
-    run, plain = (made(graphed=graphed, dtype="bfloat16")[0] for graphed in (True, False))
+    run, plain = (made(graphed=graphed, dtype="bfloat16", method="full")[0] for graphed in (True, False))
     head, calls = run.loss_head, []
 
     def waits_in_the_capture(model, hidden, batch):
@@ -130,6 +131,47 @@ def test_a_capture_that_fails_leaves_no_gradient_behind():
     assert run.micro_step.counts[CAPTURES] == 1  # of the second; the first ran plainly
     waiting = run.optimizer.waiting
     assert not waiting.wanted and not waiting.gradients and all(p.grad is None for p in run.model.parameters())
+
+
+@pytest.mark.usefixtures("taped")
+def test_a_backward_that_cannot_be_captured_leaves_no_gradient_behind():
+    """The second of two graphs, after the first was recorded."""
+    run, plain = (made(graphed=graphed, dtype="bfloat16")[0] for graphed in (True, False))
+    calls = []
+
+    class Waits(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            calls.append(0)
+            return gradient * (1 if len(calls) != 3 else float(gradient.sum() != gradient.sum()))  # after two warm-ups
+
+    norm = run.model.model.norm
+    own = norm.forward
+    norm.forward = lambda x: Waits.apply(own(x))
+    assert same(outcome(run, pack(run, 1), pack(run, 2)), outcome(plain, pack(run, 1), pack(run, 2)))
+    assert run.micro_step.counts[CAPTURES] == 1 and len(calls) > 3  # of the second; the first ran plainly
+    waiting = run.optimizer.waiting
+    assert not waiting.wanted and not waiting.gradients and all(p.grad is None for p in run.model.parameters())
+
+
+@pytest.mark.usefixtures("taped")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_head_trains_comes_before_the_second_graph(dtype):
+    """A frozen head behind something that trains, whose gradients are there when the second graph begins."""
+    runs = [made(graphed=graphed, dtype=dtype)[0] for graphed in (True, False)]
+    for run in runs:
+        extra = nn.Parameter(torch.full((run.model.config.hidden_size,), 1.5).to(run.dtype))
+        head, before = run.loss_head, run.optimizer
+        run.loss_head = lambda model, hidden, batch, head=head, extra=extra: head(model, hidden * extra, batch)
+        run.optimizer = MasterAdamW(before.parameters | {"extra": extra}, OptimConfig(), 4)
+        before.release()
+    for seeds in SEQUENCES:
+        assert same(*(outcome(run, *(pack(run, seed) for seed in seeds)) for run in runs)), seeds
+    assert runs[0].micro_step.counts == {REPLAYS: 8, CAPTURES: 2}
 
 
 # By hand, with all kinds of tensors

@@ -15,8 +15,10 @@ from kernels.cuda_graphs.micro_step import CAPTURES, REPLAYS
 from kernels.packed_attention import kernel as packed_attention
 from kernels.packed_attention import patch as packed_attention_patch
 from kernels.supervised_logits.kernel import supervised_cross_entropy
+from kernels.supervised_mlp import patch as supervised_mlp_patch
 from loop.batch import IGNORE
 from loop.delta_net import CHUNK, Pack, PackedDeltaNet
+from loop.model import plain_micro_step
 from loop.run import Run
 
 pytestmark = pytest.mark.usefixtures("taped")
@@ -125,16 +127,41 @@ def test_kernels_that_go_by_where_documents_begin_need_one_graph_for_all_packs()
     assert run.micro_step.asked == set() and run.micro_step.counts == {REPLAYS: 5, CAPTURES: 1}
 
 
-def test_a_head_of_supervised_rows_gets_as_many_with_a_graph_as_without():
-    run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
+@pytest.mark.parametrize(("method", "asked"), [("lora", set()), ("full", {ROWS})])
+def test_a_head_of_supervised_rows_gets_as_many_with_a_graph_as_without(method, asked):
+    """Filled up inside a graph, which has a head that trains; a frozen one has as many as there are."""
+    run, plain = (made(graphed=graphed, method=method)[0] for graphed in (True, False))
     for own in (run, plain):
         own.loss_head = supervised_cross_entropy
+    rows = static.with_padded_rows if asked else lambda batch: batch
     batches = [pack(run, seed, lengths=lengths) for seed, lengths in enumerate(((5, 60), (100,), (50, 50)))]
     for batch in batches:
-        assert same(outcome(run, batch), outcome(plain, static.with_padded_rows(batch)))
-    assert run.micro_step.asked == {ROWS}
+        assert same(outcome(run, batch), outcome(plain, rows(batch)))
+    assert run.micro_step.asked == asked
     whole = one_document(LENGTH, run.model.config.vocab_size, 7).to("cpu")
-    assert same(outcome(run, whole), outcome(plain, static.with_padded_rows(whole)))
+    assert same(outcome(run, whole), outcome(plain, rows(whole)))
+
+
+def test_layers_and_a_frozen_head_get_their_own_number_of_rows():
+    """What layers ask for is filled up, with a graph and without; what the head gets is not."""
+    run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
+    seen = []
+
+    def head(model, hidden, batch):
+        seen.append(len(batch.supervised_positions))
+        return supervised_cross_entropy(model, hidden, batch)
+
+    for own in (run, plain):
+        supervised_mlp_patch.apply(own)
+        own.loss_head = head
+    batch = pack(run, 3)
+    whole = one_document(LENGTH, run.model.config.vocab_size, 7).to("cpu")
+    for own in (batch, whole, batch):
+        padded = Pack.of(static.with_padded_rows(own))
+        assert len(padded.rows) > own.supervised_tokens
+        plain.micro_step = lambda run, batch, tokens, padded=padded: plain_micro_step(run, batch, tokens, padded)
+        assert same(outcome(run, own), outcome(plain, own))
+    assert run.micro_step.asked == {ROWS} and set(seen) == {batch.supervised_tokens, whole.supervised_tokens}
 
 
 @pytest.mark.parametrize("lengths", [(192,), (64, 64, 64), (63, 65, 64), (1,) * 7 + (185,), (1, 2, 3, 186)])
