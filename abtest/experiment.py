@@ -154,6 +154,18 @@ class Experiment(Questions, Replicas):
         self.repeat_arm.__exit__(None, None, None)
         self.repeat_arm = None
 
+    @contextmanager
+    def without_reference(self) -> Iterator[None]:
+        """Inside, where arms take turns, the reference's memory is for others; its run is built anew afterwards."""
+        if not self.crowded:
+            yield
+            return
+        self.reference_arm.call("rest")
+        try:
+            yield
+        finally:
+            self.reference_arm.call("resume")
+
     def begin_ahead(self, spec: ArmSpec) -> None:
         """Starts the process of an arm whose turn comes later, which gets ready as far as it needs no GPU for that."""
         self.waiting.begin(spec, lambda spec: Arm(spec, self.folder, behind_others(self.environment)))

@@ -19,7 +19,7 @@ from abtest.gate import gradient_checks
 from abtest.gradients import Distances, compare
 from loop.run import Run
 
-BEND = 1 + 2**-4  # exact in every dtype, and far above any limit
+BEND = 1 + 2**-1  # exact in every dtype, and far above any limit
 
 
 def parts(run: Run) -> dict[str, tuple[object, ...]]:

@@ -132,6 +132,17 @@ class Worker(Examiner, Stopwatch):
         del self.run, self.held, self.own
         gc.collect()
 
+    def rest(self) -> dict:
+        """Gives up the run and its memory, until `resume` builds it anew."""
+        self.batches = []
+        self._let_go()
+        self._release()
+        return {}
+
+    def resume(self) -> dict:
+        self._make()
+        return {}
+
     def _fresh(self, config: Config) -> tuple[Run, Dataset]:
         return build(config)
 
@@ -295,7 +306,7 @@ class Worker(Examiner, Stopwatch):
 COMMANDS = (
     "ahead", "build", "remember", "replica", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances",
     "structure", "update", "work", "tripwire", "trace", "autotuned", "op_checks",
-    "prepare_timing", "time_block", "finish_timing",
+    "prepare_timing", "time_block", "finish_timing", "give_back", "rest", "resume",
 )  # fmt: skip
 
 

@@ -81,7 +81,8 @@ def _in_turn(
         return all(high - low <= settings.width * middle for middle, low, high in ratios)
 
     most = max(settings.most_blocks, settings.blocks)
-    one, (other,) = time_round_robin(reference, [candidate], settings, most, narrow, on_progress)
+    one, (other,) = time_round_robin(reference, [candidate], settings, most, narrow, on_progress, reference_first=False)
+    reference.call("give_back")  # it waits now, perhaps beside arms that need the memory
     if other.failed is not None:
         raise ArmFailed(other.failed)
     return other.totals, one.seconds, other.seconds, other.ratio
@@ -89,16 +90,17 @@ def _in_turn(
 
 def time_round_robin(
     reference: Arm, arms: Sequence[Arm], settings: TimingConfig, most_blocks: int, enough: Callable[[list[Ratio]], bool],
-    on_progress: OnProgress,
+    on_progress: OnProgress, reference_first: bool = True,
 ) -> tuple[Lap, list[Lap]]:  # fmt: skip
-    """The reference and each of `arms`, timed in turn; no two of them have the same name.
+    """The reference and each of `arms`, timed in turn; no two of them have the same name. reference_first: gets ready first.
 
     Their ratios are looked at after `settings.blocks` blocks and whenever there are twice as many, until `enough(ratios)` or
     `most_blocks` is reached: few looks, because each is one more chance for noise to look like a gain. An arm that fails
     leaves the turns. Raises ArmFailed when the reference does.
     """
     laps = [Lap(reference), *map(Lap, arms)]
-    for lap in laps:
+    # What an arm works in stays with it between blocks, and graphs need most while they are captured.
+    for lap in laps if reference_first else (*laps[1:], laps[0]):
         _guarded(lap, laps[0], lambda lap: lap.totals.update(_prepare(lap.arm, settings)))
     until = settings.blocks
     while True:

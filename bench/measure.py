@@ -212,7 +212,10 @@ class Bench:
             return None
         again = ArmSpec(f"{best.arm} once more", self.config, best.optimizations)
         try:
-            with Arm(again, self.experiment.folder, behind_others(self.experiment.environment)) as other:
+            with (
+                self.experiment.without_reference(),
+                Arm(again, self.experiment.folder, behind_others(self.experiment.environment)) as other,
+            ):
                 other.build()
                 return race(arm, other, best, self.command.timing)
         except ArmFailed as error:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 MOST_GRAPHS = 32  # the one that was used longest ago makes room
 PATIENCE = 48  # captures after which there must have been more replays of known graphs than captures
+LONGEST_PAUSE = 64  # micro-steps between two tries, at most, where memory is short: each costs two micro-steps
 WARM_UPS = 2  # before a run's first capture; one before any other
+NO_MEMORY = "no memory for a graph"
 REPLAYS, CAPTURES, PLAIN = "replays", "captures", "plain: "  # what is counted; PLAIN goes before the reason
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class GraphedMicroStep:
         self.graphs: OrderedDict[tuple, Captured] = OrderedDict()
         self.obstacles: dict[tuple, str] = {}  # signature -> why it can't be captured
         self.asked: frozenset[str] = frozenset()
+        self.pause = self.pausing = 0  # micro-steps until a capture is tried again, behind the last failure and from now
         self.gradients: Accumulators | None = None
         self.loss: torch.Tensor | None = None
 
@@ -152,13 +155,18 @@ class GraphedMicroStep:
         known = self.counts[REPLAYS] - self.counts[CAPTURES]
         if self.counts[CAPTURES] >= PATIENCE and known < self.counts[CAPTURES]:
             raise CannotCapture("packs repeat too rarely for graphs to pay")
+        if self.pausing:
+            self.pausing -= 1
+            raise CannotCapture(NO_MEMORY)
         try:
             captured = self._capture(run, batch, step_supervised_tokens, held)
-        except torch.OutOfMemoryError as error:  # others may give theirs back: the next such pack tries again
-            raise CannotCapture("no memory for a graph") from error
+        except torch.OutOfMemoryError as error:  # others may give theirs back
+            self.pausing, self.pause = self.pause, min(max(2 * self.pause, 1), LONGEST_PAUSE)
+            raise CannotCapture(NO_MEMORY) from error
         except (CannotCapture, RuntimeError) as error:
             self.obstacles[key] = str(error).splitlines()[0]
             raise CannotCapture(self.obstacles[key]) from error
+        self.pause = 0
         self._keep(captured, batch, held)
         return captured
 

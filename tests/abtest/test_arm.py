@@ -9,6 +9,7 @@ import stat
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny import CONFIG
 
 from abtest import examiner, states, worker
 from abtest.arm import ROOT, Arm, ArmFailed, ArmSpec
+from abtest.experiment import Experiment
 from abtest.in_process import InProcessArm
 from abtest.structure import gradients
 from abtest.worker import Worker
@@ -228,3 +230,31 @@ def raises(error: BaseException):
         raise error
 
     return command
+
+
+def test_a_run_that_rested_is_as_it_was_when_it_was_built(tmp_path):
+    made = Worker(io.StringIO())
+    built = made.build(to_plain(CONFIG), [], planted=PLANTED)
+    path = str(tmp_path / "w.safetensors")
+    made.save_weights(path)
+
+    def marks():
+        made._load(path)
+        return gradients(made.run, made._probe("step 0", 0, 3, 0)), made.run.enabled, sorted(made.own)
+
+    before, first = marks(), weakref.ref(made.run.model)
+    made.prepare_timing(1, 1)
+    assert made.rest() == made.give_back() == {} and first() is None and made.batches == []
+    assert made.resume() == {} and marks() == before
+    made.prepare_timing(1, 1)
+    assert made.time_block()["seconds"] > 0 and built["changed"]
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_the_reference_rests_where_arms_take_turns(crowded):
+    asked: list[str] = []
+    experiment = SimpleNamespace(crowded=crowded, reference_arm=SimpleNamespace(call=asked.append))
+    with pytest.raises(ArmFailed, match="broke"), Experiment.without_reference(experiment):
+        asked.append("inside")
+        raise ArmFailed("broke")
+    assert asked == (["rest", "inside", "resume"] if crowded else ["inside"])

@@ -19,8 +19,13 @@ class TimedArm:
     def __init__(self, name: str, seconds, log: list[str] | None = None, fails_at: int | None = None) -> None:
         self.spec, self.built = SimpleNamespace(name=name), {"flops": 2.0}
         self.seconds, self.log, self.fails_at, self.blocks = itertools.cycle(seconds), log, fails_at, 0
+        self.others: list[str] = []
 
     def call(self, command: str, **arguments):
+        if command != "time_block":
+            self.others.append(command)
+        if command == "give_back":
+            return {}
         if command == "prepare_timing":
             return {"positions": 512, "real_tokens": 500, "supervised_tokens": 200}
         if command == "finish_timing":
@@ -47,6 +52,24 @@ def test_a_quiet_host_needs_no_more_blocks_than_are_asked_for():
     assert perf.blocks == 4 and log == ["stock", "arm", "arm", "stock"] * 2  # by turns, and who begins by turns
     assert (perf.ratio, perf.ratio_low, perf.ratio_high) == (2.0, 2.0, 2.0)
     assert perf.real_tokens_per_s == 500 and perf.micro_step_ms == 500 and perf.mfu == pytest.approx(512 * 2 / 1e3)
+
+
+def test_who_waits_for_the_next_gives_back_what_it_worked_in():
+    stock, arm = (TimedArm(name, [1.0]) for name in ("stock", "arm"))
+    time_arms(stock, arm, TimingConfig(2, 1), 1e3, silent)
+    assert stock.others == ["prepare_timing", "give_back"] and arm.others == ["prepare_timing", "finish_timing"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_arm_may_get_ready_before_the_reference_takes_its_memory(first, monkeypatch):
+    asked: list[str] = []
+    arms = [TimedArm(name, [1.0]) for name in ("stock", "a", "b")]
+    for arm in arms:
+        own = arm.call
+        arm.call = lambda command, own=own, arm=arm, **given: asked.append((command, arm.spec.name)) or own(command, **given)
+    time_round_robin(arms[0], arms[1:], TimingConfig(2, 1), 2, lambda ratios: True, silent, reference_first=first)
+    ready = [name for command, name in asked if command == "prepare_timing"]
+    assert ready == (["stock", "a", "b"] if first else ["a", "b", "stock"])
 
 
 def test_of_several_everybody_is_first_and_has_other_neighbours():

@@ -98,6 +98,9 @@ class Stage:
     def repeat_verdict(self) -> Verdict:
         return Verdict(Level.BITWISE, "the same bits")
 
+    def without_reference(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
     def end_repeat(self) -> None:
         self.repeat_arm = None
 

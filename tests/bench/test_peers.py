@@ -196,7 +196,7 @@ def bench(tmp_path, monkeypatch) -> measure.Bench:
     candidate = Candidate(contextlib.nullcontext(SimpleNamespace()), FAILED, evidence)
     experiment = SimpleNamespace(
         reference=evidence, sigma=(0.1, 0.1), reference_arm=None, gate_arm=lambda spec, claim: candidate, folder=tmp_path,
-        environment=ENVIRONMENT, waiting=Waiting(),
+        environment=ENVIRONMENT, waiting=Waiting(), without_reference=contextlib.nullcontext,
     )  # fmt: skip
     monkeypatch.setattr(measure, "time_arms", lambda *arguments: PERF)
     facts = {"run_id": "r", "environment": {"device_slug": "box"}, "recipe": {}, "data": {}, "command": "c"}
@@ -271,6 +271,33 @@ def test_a_peer_is_timed_in_turn_with_the_fastest_that_passed(bench, monkeypatch
     bench.arm(plan())
     *_, found = records.read(bench.path)
     assert found.race == records.Race("combination", ("packed_attention", "static_lora"), 2, 1, 3, 4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_reference_rests_while_a_peer_is_in_turn_with_another(bench, monkeypatch, fails):
+    order: list[str] = []
+
+    @contextlib.contextmanager
+    def without_reference():
+        order.append("rests")
+        try:
+            yield
+        finally:
+            order.append("is back")
+
+    def build(self) -> dict:
+        order.append("built")
+        if fails:
+            raise ArmFailed("out of memory")
+        return BUILT
+
+    passed(bench, "combination", 3.0)
+    monkeypatch.setattr(bench.experiment, "without_reference", without_reference)
+    monkeypatch.setattr(measure, "Arm", Again)
+    monkeypatch.setattr(Again, "build", build)
+    monkeypatch.setattr(measure, "race", lambda peer, other, best, timing: order.append("raced") or raced(best))
+    bench.arm(plan())
+    assert order == ["rests", "built", *([] if fails else ["raced"]), "is back"]
 
 
 def test_where_nothing_passed_or_it_cannot_be_built_again_there_is_no_race(bench, monkeypatch):

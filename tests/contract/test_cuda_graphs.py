@@ -214,6 +214,23 @@ def test_memory_that_is_short_for_a_capture_is_no_obstacle_for_the_next(monkeypa
     assert run.micro_step.counts[REPLAYS] == run.micro_step.counts[CAPTURES] == 1
 
 
+def test_where_memory_stays_short_captures_are_tried_less_and_less_often(monkeypatch):
+    """A try warms up and records before it fails, and graphs that made room for it are to be captured anew."""
+    run, plain = (made(graphed=graphed)[0] for graphed in (True, False))
+    batch, tried = pack(run, 1), []
+    monkeypatch.setattr(micro_step, "LONGEST_PAUSE", 4)
+    with monkeypatch.context() as patched:
+        counts = run.micro_step.counts
+        patched.setattr(run.micro_step.recorder, "warm", lambda work: tried.append(counts.total()) or _no_memory(work))
+        for _ in range(20):
+            assert same(outcome(run, batch), outcome(plain, batch))
+    assert tried == [0, 1, 3, 6, 11, 16]
+    for _ in range(5):
+        assert same(outcome(run, batch), outcome(plain, batch))
+    assert run.micro_step.counts == {PLAIN + "no memory for a graph": 21, REPLAYS: 4, CAPTURES: 1}
+    assert run.micro_step.pause == 0
+
+
 def _no_memory(work: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
