@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from loop.batch import PackedBatch
+from loop.random_state import RandomState
 from loop.run import Run
 from loop.training import accumulate
 
@@ -69,14 +70,11 @@ def _turn(seconds: float) -> Iterator[None]:
 
 def accumulated(run: Run, batches: list[PackedBatch], supervised: int, seconds: float = PATIENCE) -> list[float]:
     """`loop.training.accumulate` on a run without gradients; where memory is short, anew with the same random numbers."""
-    cpu, own = torch.get_rng_state(), run.device if run.device.type == "cuda" else None
-    cuda = None if own is None else torch.cuda.get_rng_state(own)
+    random = RandomState(run.device)
 
     def release() -> None:
         run.optimizer.zero_grad()
-        torch.set_rng_state(cpu)
-        if own is not None:
-            torch.cuda.set_rng_state(cuda, own)
-            torch.cuda.empty_cache()
+        random.restore()
+        torch.cuda.empty_cache()  # nothing happens where there is no device
 
     return patiently(lambda: accumulate(run, batches, supervised), release, seconds)

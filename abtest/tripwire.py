@@ -19,7 +19,9 @@ from abtest.gate import gradient_checks
 from abtest.gradients import Distances, compare
 from loop.run import Run
 
-BEND = 1 + 2**-1  # exact in every dtype, and far above any limit
+# Exact in every dtype, and far above any limit wherever it is done. A sixteenth was not: in half of the columns of one late
+# layer, with a norm behind it, it moves gradients by 3 %, and those of bf16 at 2B are 7 to 8 % from the oracle's anyway.
+BEND = 1 + 2**-1
 
 
 def parts(run: Run) -> dict[str, tuple[object, ...]]:

@@ -68,8 +68,9 @@ def time_equals(
 def race(peer: Arm, other: Arm, record: Record, settings: TimingConfig) -> Race:
     """The peer's time over that of the arm of `record`, which runs in `other`. Raises ArmFailed."""
     often = replace(settings, blocks=RACE * settings.blocks, most_blocks=RACE * settings.most_blocks)
-    _, one, _, ratio = _in_turn(peer, other, often, lambda arm, phase, done, total: None)
-    return Race(record.arm, record.optimizations, *ratio, blocks=len(one))
+    _, one, two, ratio = _in_turn(peer, other, often, lambda arm, phase, done, total: None)
+    peer_ms, own_ms = (1e3 * statistics.median(side) / settings.micro_batches for side in (one, two))
+    return Race(record.arm, record.optimizations, *ratio, len(one), peer_ms, own_ms)
 
 
 def _in_turn(

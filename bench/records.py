@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from abtest import jsonl
 from abtest.jsonl import expect, numbers, strings
 from abtest.verdict import Level, Verdict
 from loop.errors import UserError
 
+D = TypeVar("D")
 SCHEMA = 1
 TEXT_FIELDS = ("run_id", "arm", "role", "summary", "exactness", "why_exact", "command", "finished_at")
 MAPPINGS = ("environment", "recipe", "data")
@@ -54,7 +55,7 @@ class Perf:
 class Race:
     """A peer timed in turn with the arm that was the fastest of those that had passed in its run; optimizations: that one's.
     ratio: the peer's time over that arm's (above 1: the peer is slower), the median of the paired blocks, and its 95 %
-    interval."""
+    interval. peer_ms, own_ms: the median micro-step of either in these turns; older records lack them."""
 
     arm: str
     optimizations: tuple[str, ...]
@@ -62,6 +63,8 @@ class Race:
     ratio_low: float
     ratio_high: float
     blocks: int
+    peer_ms: float | None = None
+    own_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,19 +161,20 @@ def from_json(line: str) -> Record:
 
 
 def _perf(fields: dict[str, Any]) -> Perf:
-    perf = Perf(**numbers(fields, tuple(fields)))
-    for item in dataclasses.fields(Perf):
-        if item.default is dataclasses.MISSING and getattr(perf, item.name) is None:
-            raise ValueError(f"{item.name} of perf is null, not a number")
-    return perf
+    return _whole(Perf(**numbers(fields, tuple(fields))), "perf")
+
+
+def _whole(made: D, name: str) -> D:
+    """`made`, if it holds a number wherever it must. Raises ValueError."""
+    for item in dataclasses.fields(made):
+        if item.default is dataclasses.MISSING and getattr(made, item.name) is None:
+            raise ValueError(f"{item.name} of {name} is null, not a number")
+    return made
 
 
 def _race(fields: dict[str, Any]) -> Race:
     arm, switched = expect(fields.pop("arm"), str, "arm of race"), strings(fields.pop("optimizations"), "those of race")
-    race = Race(arm, switched, **numbers(fields, tuple(fields)))
-    if None in dataclasses.astuple(race):
-        raise ValueError("race holds null where a number belongs")
-    return race
+    return _whole(Race(arm, switched, **numbers(fields, tuple(fields))), "race")
 
 
 def append(path: Path, record: Record) -> None:

@@ -118,6 +118,8 @@ def _raced(record: Record) -> list[tuple[str, str]]:
     if record.race is None:
         return []
     words = f"it takes {ratio(record.race)} as long, {record.race.blocks} blocks in turn"
+    if record.race.peer_ms is not None and record.race.own_ms is not None:
+        words += f", {number(record.race.peer_ms, 4)} and {number(record.race.own_ms, 4)} ms a micro-step"
     return [(f"beside {code(record.race.arm)}", words)]
 
 

@@ -13,10 +13,10 @@ import torch
 from loop.batch import PackedBatch
 from loop.delta_net import Pack
 from loop.model import forward_body, plain_micro_step
+from loop.random_state import RandomState
 
 from .gradients import Accumulators, Held, Late, deferred
 from .inputs import ROWS, CannotCapture, Inputs, signature, with_padded_rows
-from .recorder import RandomState
 from .watch import Baked, Onlookers, watcher
 
 if TYPE_CHECKING:

@@ -53,16 +53,3 @@ class CudaRecorder:
         self._begin()
         gc.collect()
         torch.cuda.empty_cache()
-
-
-class RandomState:
-    """The random generators as they are now, for `restore`: a warm-up must not draw what the run would draw."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.cpu = device, torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)

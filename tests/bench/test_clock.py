@@ -104,7 +104,7 @@ def test_a_race_is_the_peer_s_time_over_the_other_s():
     log: list[str] = []
     best = SimpleNamespace(arm="combination", optimizations=("a", "b"))
     found = race(TimedArm("peer", [3.0], log), TimedArm("again", [2.0], log), best, TimingConfig(4, 2, 1, 40))
-    assert found == Race("combination", ("a", "b"), 1.5, 1.5, 1.5, 3 * 4)
+    assert found == Race("combination", ("a", "b"), 1.5, 1.5, 1.5, 3 * 4, peer_ms=1500.0, own_ms=1000.0)
     assert log == ["peer", "again", "again", "peer"] * 2 * 3, "three times as many blocks as beside stock"
 
 

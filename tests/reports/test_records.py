@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from abtest.verdict import Check, Level, Verdict
 from bench import records
+from bench.report.pages import arm_page
 from loop.errors import UserError
 
 NOT_LOSSLESS = [level for level in Level if not level.lossless]
@@ -60,6 +61,19 @@ def test_only_a_timed_peer_ran_a_race(tmp_path):
     for changes in ({"role": "optimization", "perf": synthetic.perf()}, {"role": "peer"}):
         with pytest.raises(ValueError, match="which only a timed peer can have run"):
             synthetic.record("unsloth", race=RACE, **changes)
+
+
+@pytest.mark.parametrize("times", [{}, {"peer_ms": 158.2, "own_ms": 94.3}])
+def test_a_race_says_how_long_either_took_where_it_is_known(times):
+    raced = dataclasses.replace(RACE, **times)
+    record = synthetic.record("unsloth", role="peer", perf=synthetic.perf(), race=raced)
+    fields = json.loads(records.to_json(record))
+    for name in () if times else ("peer_ms", "own_ms"):  # as older records
+        del fields["race"][name]
+    assert records.from_json(json.dumps(fields)) == record
+    page = arm_page(record, None, "a device", "r", 0, None, plotted=False)
+    assert "1.90x [1.80, 2.00] as long, 20 blocks in turn" in page
+    assert ("20 blocks in turn, 158.2 and 94.3 ms a micro-step" in page) is bool(times)
 
 
 @pytest.mark.parametrize("change", [{"arm": None}, {"optimizations": "a"}, {"ratio": None}, {"ratio": "fast"}, {"more": 1}])
