@@ -21,7 +21,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE, ELEMENTS_A_WARP = 1024, 256
 TILE_DWEIGHT, ELEMENTS_A_WARP_DWEIGHT, STAGES = 2048, 512, 3
 BYTES_AHEAD = 48 << 10  # of shared memory at most, which every GPU lets a program have
-TILE_INTERPRETED = 1 << 14  # the interpreter's cost is per program, not per element
+TILE_INTERPRETED = 1 << 15  # the interpreter's cost is per program, not per element
 # That share the rows where dw is wanted: a constant, so that no device sums in another order; an H200 runs them all at once.
 WARPS_DWEIGHT = 16 * 132
 COLUMNS, WARPS_REDUCE = 8, 8  # of the partial sums that one program adds up: 32 bytes of a row; and its warps
