@@ -187,8 +187,9 @@ class GraphedMicroStep:
         inputs.fill(batch, step_supervised_tokens)
         try:
             with deferred(run.optimizer, gradients.buffers) as waiting:
-                record = self._whole if _head_trains(run) else self._in_two
-                return record(run, batch, inputs, held, waiting)
+                if _head_trains(run):
+                    return self._whole(run, inputs, held, waiting)
+                return self._in_two(run, batch, inputs, held, waiting)
         finally:
             gradients.restore(held, before)
             random.restore()
@@ -197,7 +198,7 @@ class GraphedMicroStep:
     def _warm_ups(self) -> range:
         return range(1 if self.counts[CAPTURES] else WARM_UPS)
 
-    def _whole(self, run: Run, batch: PackedBatch, inputs: Inputs, held: Held, waiting: Late) -> Captured:
+    def _whole(self, run: Run, inputs: Inputs, held: Held, waiting: Late) -> Captured:
         """One graph of everything."""
         gradients, given = self.gradients, []
 
