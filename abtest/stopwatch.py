@@ -56,11 +56,6 @@ class Stopwatch:
         """Seconds for one pass, forward and backward, over the prepared micro-batches."""
         return {"seconds": self._block()}
 
-    def give_back(self) -> dict:
-        """What no tensor is in, others on the same device may have."""
-        torch.cuda.empty_cache()  # nothing happens where there is no device
-        return {}
-
     def finish_timing(self) -> dict:
         """Peak memory (device memory on CUDA, resident memory of the process on a CPU) and launches a micro-step."""
         if self.run.device.type == "cuda":

@@ -132,6 +132,11 @@ class Worker(Examiner, Stopwatch):
         del self.run, self.held, self.own
         gc.collect()
 
+    def give_back(self) -> dict:
+        """What no tensor is in, others on the same device may have."""
+        self._release()
+        return {}
+
     def rest(self) -> dict:
         """Gives up the run and its memory, until `resume` builds it anew."""
         self.batches = []

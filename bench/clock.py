@@ -69,8 +69,7 @@ def race(peer: Arm, other: Arm, record: Record, settings: TimingConfig) -> Race:
     """The peer's time over that of the arm of `record`, which runs in `other`. Raises ArmFailed."""
     often = replace(settings, blocks=RACE * settings.blocks, most_blocks=RACE * settings.most_blocks)
     _, one, two, ratio = _in_turn(peer, other, often, lambda arm, phase, done, total: None)
-    peer_ms, own_ms = (1e3 * statistics.median(side) / settings.micro_batches for side in (one, two))
-    return Race(record.arm, record.optimizations, *ratio, len(one), peer_ms, own_ms)
+    return Race(record.arm, record.optimizations, *ratio, len(one), *(_micro_step_ms(side, settings) for side in (one, two)))
 
 
 def _in_turn(
@@ -136,6 +135,11 @@ def _prepare(arm: Arm, settings: TimingConfig) -> dict[str, int]:
     return arm.call("prepare_timing", micro_batches=settings.micro_batches, warmup=settings.warmup)
 
 
+def _micro_step_ms(seconds: Sequence[float], settings: TimingConfig) -> float:
+    """The median, of blocks that took so long."""
+    return 1e3 * statistics.median(seconds) / settings.micro_batches
+
+
 def _perf(arm: Arm, totals, seconds, ratio: Ratio, settings: TimingConfig, matmul_rate: float) -> Perf:
     end = arm.call("finish_timing")
     typical = statistics.median(seconds)
@@ -144,7 +148,7 @@ def _perf(arm: Arm, totals, seconds, ratio: Ratio, settings: TimingConfig, matmu
         positions_per_s=totals["positions"] / typical,
         real_tokens_per_s=totals["real_tokens"] / typical,
         supervised_tokens_per_s=totals["supervised_tokens"] / typical,
-        micro_step_ms=1e3 * typical / settings.micro_batches,
+        micro_step_ms=_micro_step_ms(seconds, settings),
         ratio=ratio[0],
         ratio_low=ratio[1],
         ratio_high=ratio[2],

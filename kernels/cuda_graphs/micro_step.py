@@ -227,7 +227,7 @@ class GraphedMicroStep:
             forward()
             d_hidden = torch.empty_like(made[0])
             head_backward(run, made[0], batch, inputs.scale, d_hidden)
-            after_head[:] = [*waiting, *(master for master in gradients.masters if master.grad is not None)]
+            after_head[:] = [master in waiting or master.grad is not None for master in gradients.masters]
             made[0].backward(d_hidden)
 
         def backward() -> None:
@@ -235,7 +235,7 @@ class GraphedMicroStep:
             gradients.store(waiting)
             given.append(gradients.held())
 
-        after_head: list[torch.Tensor] = []
+        after_head: list[bool] = []
         for _ in self._warm_ups:
             gradients.start(held)
             self.recorder.warm(rehearse)
@@ -243,7 +243,7 @@ class GraphedMicroStep:
             gradients.store(waiting)
         d_hidden = torch.empty_like(made.pop())
         first = self.recorder.record(forward)
-        gradients.start(tuple(any(master is one for one in after_head) for master in gradients.masters))
+        gradients.start(tuple(after_head))
         second = self.recorder.record(backward)
         return Captured(first, inputs, given[-1], Seam(made[0].detach(), d_hidden, second))
 

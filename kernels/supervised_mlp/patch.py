@@ -39,10 +39,10 @@ def eligible(run: Run) -> str | None:
 
 def apply(run: Run) -> None:
     """The parameters stay the same objects, under the same names."""
-    layers, layer = run.model.get_decoder().layers, last_layer(run.model)
+    layer = last_layer(run.model)
     replaced = with_rows(SupervisedLayer, layer)
     replaced._modules = layer._modules | {"mlp": with_rows(SupervisedMLP, layer.mlp)}
-    layers[len(layers) - 1] = replaced
+    run.model.get_decoder().layers[-1] = replaced
 
 
 def last_layer(model: nn.Module) -> nn.Module | None:

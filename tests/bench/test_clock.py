@@ -61,7 +61,7 @@ def test_who_waits_for_the_next_gives_back_what_it_worked_in():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_an_arm_may_get_ready_before_the_reference_takes_its_memory(first, monkeypatch):
+def test_an_arm_may_get_ready_before_the_reference_takes_its_memory(first):
     asked: list[str] = []
     arms = [TimedArm(name, [1.0]) for name in ("stock", "a", "b")]
     for arm in arms:
