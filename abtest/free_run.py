@@ -44,12 +44,12 @@ def free_run(
     replica for the noise floor: kicked at the start and after every resync, and only its losses are asked for. "still"
     names what no step moved; what a resync moves doesn't count. "moved" is the length of each step's update, "rested" names
     what it left alone, both by `SAMPLE` elements of every tensor: a resync would hide an update that never came. "replays"
-    are those of CUDA graphs in each step. patience: seconds for which a step waits for memory.
+    are those of CUDA graphs in each step. patience: seconds for which a step, or a kick, waits for memory.
     """
     out: dict[str, Any] = {key: [] for key in KEYS}
     start, still = _marks(run), set(run.optimizer.masters)
     if kick_seed is not None:
-        kick(run, kick_seed)
+        kick(run, kick_seed, patience=patience)
     replays = []
     with counted_replays() as replayed:
         for step in range(steps):
@@ -57,7 +57,7 @@ def free_run(
                 still -= _moved(run, start)
                 take_state(run, resync[step])
                 if kick_seed is not None:
-                    kick(run, kick_seed + 1000 * step, trained_only=True)
+                    kick(run, kick_seed + 1000 * step, trained_only=True, patience=patience)
                 start = _marks(run)
             if before_step is not None:
                 before_step(step)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from abtest.patience import PATIENCE, patiently
 from loop.run import Run
 
 
@@ -36,22 +37,33 @@ def _on_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def kick(run: Run, seed: int, trained_only: bool = False) -> None:
+def kick(run: Run, seed: int, trained_only: bool = False, patience: float = PATIENCE) -> None:
     """Moves every weight of the model, frozen ones too unless `trained_only`, by half an ulp of its dtype on average.
 
     A weight goes to its upper or lower neighbour with probability a quarter each and stays otherwise. Frozen weights are
-    kicked as well because LoRA's B starts at zero: kicking A alone would move nothing at the first step.
+    kicked as well because LoRA's B starts at zero: kicking A alone would move nothing at the first step. patience: seconds
+    for which each weight waits for memory, several times its own.
     """
     generator = torch.Generator(device=run.device).manual_seed(seed)
     for parameter in run.model.parameters():
         if trained_only and not parameter.requires_grad:
             continue
-        draw = torch.rand(parameter.shape, generator=generator, device=run.device)
-        towards = torch.where(draw < 0.5, torch.inf, -torch.inf).to(parameter.dtype)
-        moved = torch.nextafter(parameter, towards)
-        chosen = ((draw < 0.25) | (draw > 0.75)) & (parameter != 0)
-        parameter.copy_(torch.where(chosen, moved, parameter))
+        begun = generator.get_state()
+
+        def kicked(parameter: torch.Tensor = parameter, begun: torch.Tensor = begun) -> torch.Tensor:
+            generator.set_state(begun)
+            return _kicked(parameter, generator)
+
+        parameter.copy_(patiently(kicked, torch.cuda.empty_cache, patience))
     for name, master in run.optimizer.masters.items():
         parameter = run.optimizer.parameters[name]
         if master is not parameter:
             master.copy_(parameter)
+
+
+def _kicked(parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    draw = torch.rand(parameter.shape, generator=generator, device=parameter.device)
+    towards = torch.where(draw < 0.5, torch.inf, -torch.inf).to(parameter.dtype)
+    moved = torch.nextafter(parameter, towards)
+    chosen = ((draw < 0.25) | (draw > 0.75)) & (parameter != 0)
+    return torch.where(chosen, moved, parameter)

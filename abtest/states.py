@@ -108,7 +108,8 @@ def raise_logits(run: Run) -> None:
     """Scales the last norm where no hidden state could make a confident prediction, as with a small model's random head."""
     norm, head = run.model.get_decoder().norm, run.model.get_output_embeddings().weight
     width = head.shape[1]
-    factor = REACH / (math.sqrt(width) * float(head.float().norm(dim=1).mean()))
+    norms = torch.linalg.vector_norm(head, dim=1, dtype=torch.float32)  # in fp32 without a copy of the head in fp32
+    factor = REACH / (math.sqrt(width) * float(norms.mean()))
     if factor <= 1:
         return
     hidden = torch.ones(1, width, dtype=run.dtype, device=run.device)

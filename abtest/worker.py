@@ -118,7 +118,16 @@ class Worker(Examiner, Stopwatch):
         return answer
 
     def _make(self) -> bool:
-        """Builds the arm's run. Returns whether what was switched on changed any of its seams."""
+        """Builds the arm's run, and waits where memory is short. Returns whether what was switched on changed any of its
+        seams."""
+
+        def release() -> None:
+            gc.collect()  # of a model that came half way
+            self._release()
+
+        return patiently(self._make_now, release)
+
+    def _make_now(self) -> bool:
         self.run, self.dataset = self._fresh(self.config)
         self.loaded: str | None = None
         self.held = Held.of(self.run)
@@ -344,7 +353,8 @@ def main(make: Callable[[TextIO], Worker] = Worker, ahead: Sequence[str] = AHEAD
         try:
             worker.event(answer=worker.carry_out(command, request))
         except torch.OutOfMemoryError as error:  # what follows lists every process of the GPU
-            worker.event(failed=f"{OUT_OF_MEMORY}: {'. '.join(str(error).splitlines()[0].split('. ')[:2])}")
+            wanted = ". ".join(str(error).splitlines()[0].split(". ")[:2])
+            worker.event(failed=f"{OUT_OF_MEMORY} in {command}: {wanted}")
             return
         except worker.failures as error:
             traceback.print_exc()

@@ -96,7 +96,7 @@ def test_prints_do_not_garble_answers_and_a_mistake_of_the_users_ends_nothing(st
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("memory", "out of memory: CUDA out of memory. Tried a lot."),
+        ("memory", "out of memory in build: CUDA out of memory. Tried a lot."),
         ("exit", "the process of arm exit ended with code 3: no output"),
         ("raise", "the process of arm raise ended with code 1: two lines"),
     ],

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import CONFIG
 
-from abtest import examiner, patience, structure
+from abtest import examiner, patience, perturb, structure
+from abtest import worker as module
 from abtest.free_run import initial_file
 from abtest.gradients import Distances
 from abtest.patience import patiently
@@ -174,6 +175,48 @@ def test_a_kicked_replica_that_keeps_everything_does_not_wait(monkeypatch):
     worker.remember()
     plain = worker.replica(2, {}, 1, kept=True)["loss"]
     _short_once(monkeypatch, patience, "accumulate", (1,))
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    assert worker.replica(2, {}, 1, kept=True) == {"loss": plain, "kept": False, "roomy": False}
+
+
+@pytest.mark.parametrize("command", ["build", "resume"])
+def test_a_run_that_found_no_memory_is_built_once_more(command, monkeypatch):
+    wanted, worker = Worker(io.StringIO()), Worker(io.StringIO())
+    built = wanted.build(to_plain(CONFIG), [])
+    if command == "resume":
+        worker.build(to_plain(CONFIG), [])
+        worker.rest()
+    calls = _short_once(monkeypatch, module, "build", (1,))
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    if command == "build":
+        assert worker.build(to_plain(CONFIG), []) == built
+    else:
+        worker.resume()
+    assert calls == [1, 2] and worker.free_run(2) == wanted.free_run(2)
+
+
+def test_a_kick_that_found_no_memory_is_the_same_kick(monkeypatch):
+    """Of the third weight: those before it are not kicked twice."""
+    seen = []
+    for short in (False, True):
+        worker = Worker(io.StringIO())
+        worker.build(to_plain(CONFIG), [])
+        with monkeypatch.context() as patched:
+            calls = _short_once(patched, perturb, "_kicked", (3,) if short else ())
+            patched.setattr(patience.time, "sleep", lambda seconds: None)
+            perturb.kick(worker.run, 1)
+        weights = list(worker.run.model.parameters())
+        assert len(calls) == len(weights) + short
+        seen.append(weights)
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+def test_a_replica_that_keeps_everything_does_not_wait_for_a_kick(monkeypatch):
+    worker = Worker(io.StringIO())
+    worker.build(to_plain(CONFIG), [])
+    worker.remember()
+    plain = worker.replica(2, {}, 1, kept=True)["loss"]
+    _short_once(monkeypatch, perturb, "_kicked", (2,))
     monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("it waits"))
     assert worker.replica(2, {}, 1, kept=True) == {"loss": plain, "kept": False, "roomy": False}
 
