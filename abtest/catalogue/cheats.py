@@ -20,7 +20,6 @@ from abtest.catalogue.patching import (
     on_rows,
     own_gradients,
     present,
-    swap,
     with_fields,
     wrap_head,
 )
@@ -71,7 +70,7 @@ def does_nothing(run: Run, layer: str, modules: float) -> None:
     """Swaps MLPs for equal copies: other objects, the same classes, tensors and results."""
     names = _mlps(run.model)
     for name in (names if layer == "first" else names[::-1])[: int(modules)]:
-        swap(run.model, name, copy.copy(run.model.get_submodule(name)))
+        run.model.set_submodule(name, copy.copy(run.model.get_submodule(name)))
 
 
 # Touching what is not its own.

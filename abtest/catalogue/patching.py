@@ -29,11 +29,6 @@ def pick(names: Iterable[str], layer: str) -> str:
     return list(names)[0 if layer == "first" else -1]
 
 
-def swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
-
-
 def override(model: nn.Module, name: str, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Swaps the module `name` for one of a class of its own, with the same state, whose `method` is `make(original)`.
 
@@ -44,7 +39,7 @@ def override(model: nn.Module, name: str, method: str, make: Callable[[Callable[
     kind = type(f"Planted{type(old).__name__}", (type(old),), {method: lambda self, *a, **k: replacement(*a, **k)})
     new = kind.__new__(kind)
     new.__dict__.update(old.__dict__)
-    swap(model, name, new)
+    model.set_submodule(name, new)
 
 
 def wrap_head(run: Run, make: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:

@@ -57,7 +57,6 @@ def eligible(run: Run) -> str | None:
 def apply(run: Run) -> None:
     """Replaces every such MLP, and the micro-step by one that announces itself."""
     for name in gated_mlps(run.model):
-        parent, _, attribute = name.rpartition(".")
         compiled = CompiledMLP(run.model.get_submodule(name), **OPTIONS)
-        setattr(run.model.get_submodule(parent), attribute, compiled)
+        run.model.set_submodule(name, compiled)
     run.micro_step = announced(run.micro_step)

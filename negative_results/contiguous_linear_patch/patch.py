@@ -23,8 +23,7 @@ def eligible(run: Run) -> str | None:
 def apply(run: Run) -> None:
     """Replaces them, the adapters' own and the output head among them. Parameters stay the same objects."""
     for name in plain_linears(run.model):
-        parent, _, attribute = name.rpartition(".")
-        setattr(run.model.get_submodule(parent), attribute, ContiguousLinear(run.model.get_submodule(name)))
+        run.model.set_submodule(name, ContiguousLinear(run.model.get_submodule(name)))
 
 
 def plain_linears(model: nn.Module) -> list[str]:

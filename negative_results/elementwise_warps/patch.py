@@ -35,5 +35,4 @@ def eligible(run: Run) -> str | None:
 
 def apply(run: Run) -> None:
     for name in gated_mlps(run.model):
-        parent, _, attribute = name.rpartition(".")
-        setattr(run.model.get_submodule(parent), attribute, WarpsMLP(run.model.get_submodule(name)))
+        run.model.set_submodule(name, WarpsMLP(run.model.get_submodule(name)))

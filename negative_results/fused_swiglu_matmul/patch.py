@@ -54,5 +54,4 @@ def _more_than_a_product(linear: nn.Module) -> str | None:
 
 def apply(run: Run) -> None:
     for name in gated_mlps(run.model):
-        parent, _, attribute = name.rpartition(".")
-        setattr(run.model.get_submodule(parent), attribute, SwigluMLP(run.model.get_submodule(name)))
+        run.model.set_submodule(name, SwigluMLP(run.model.get_submodule(name)))

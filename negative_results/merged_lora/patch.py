@@ -29,6 +29,5 @@ def eligible(run: Run) -> str | None:
 def apply(run: Run) -> None:
     """Replaces them. The parameters stay the same objects: optimizer, names and files do not notice."""
     for adapter in peft_adapters(run.model):
-        parent, _, attribute = adapter.name.rpartition(".")
         merged = MergedLora(adapter.base, adapter.a, adapter.b, adapter.scaling)
-        setattr(run.model.get_submodule(parent), attribute, merged.train(adapter.module.training))
+        run.model.set_submodule(adapter.name, merged.train(adapter.module.training))

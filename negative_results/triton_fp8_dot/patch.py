@@ -35,8 +35,7 @@ def apply(run: Run) -> None:
     from .kernel import Fp8Linear
 
     for name in projections(run.model):
-        parent, _, attribute = name.rpartition(".")
-        setattr(run.model.get_submodule(parent), attribute, Fp8Linear(run.model.get_submodule(name)))
+        run.model.set_submodule(name, Fp8Linear(run.model.get_submodule(name)))
 
 
 def projections(model: nn.Module) -> list[str]:

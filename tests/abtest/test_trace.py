@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import gradients, tiny, tricky
 from torch import Tensor, nn
 
-from abtest.catalogue.patching import bend_gradient, bend_output, swap
+from abtest.catalogue.patching import bend_gradient, bend_output
 from abtest.oracle import exact_arithmetic, make_exact
 from abtest.trace import compare, places, trace
 from loop.run import Run
@@ -122,7 +122,7 @@ def test_a_fused_layer_is_traced_as_a_whole(reference, tmp_path: Path) -> None:
     name = f"{BODY}.layers.1"
 
     def plant(run: Run) -> None:
-        swap(run.model, name, Fused(run.model.get_submodule(name)))
+        run.model.set_submodule(name, Fused(run.model.get_submodule(name)))
 
     rows = rows_of(reference, plant, tmp_path)
     left = [place for place in EVERY if not place.startswith(f"{name}.")]

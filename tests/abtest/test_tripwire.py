@@ -14,7 +14,7 @@ from tiny import gradients, tiny, tricky
 from torch import Tensor, nn
 
 from abtest import structure
-from abtest.catalogue.patching import named, override, pick, swap, use_attention, wrap_head, wrap_micro_step
+from abtest.catalogue.patching import named, override, pick, use_attention, wrap_head, wrap_micro_step
 from abtest.gradients import Distances
 from abtest.oracle import exact_gradients, make_exact
 from abtest.tripwire import BEND, BentOperator, bent, exchanged, parts, read_tripwire
@@ -27,7 +27,7 @@ LAYERS = "model.layers"
 
 
 def copied(run: Run, name: str) -> None:
-    swap(run.model, name, copy.copy(run.model.get_submodule(name)))
+    run.model.set_submodule(name, copy.copy(run.model.get_submodule(name)))
 
 
 # What is exchanged.
@@ -46,7 +46,7 @@ def test_only_the_outermost_is_named() -> None:
     before = parts(run)
     layer = copy.copy(run.model.get_submodule(f"{LAYERS}.1"))
     layer._modules = dict(layer._modules)
-    swap(run.model, f"{LAYERS}.1", layer)
+    run.model.set_submodule(f"{LAYERS}.1", layer)
     for name in (f"{LAYERS}.1.mlp", f"{LAYERS}.1.mlp.up_proj", f"{LAYERS}.2.mlp.up_proj", f"{LAYERS}.2.mlp.down_proj"):
         copied(run, name)
     assert exchanged(before, run) == [f"{LAYERS}.1", f"{LAYERS}.2.mlp.up_proj", f"{LAYERS}.2.mlp.down_proj"]
