@@ -34,7 +34,9 @@ class Command(Config):
     peers: bool = (
         False  # add what a user could pick instead, bench/peers/: gated, timed whatever the gate says, never shipped
     )
-    combine: bool = True  # when these arms are done, one more with everything on that passed in the run and may be timed
+    # when these arms are done, one more with everything on that passed in the run and may be timed, and then the peers;
+    # without it peers keep their places among these arms
+    combine: bool = True
     micro: bool = True  # every lossless optimization's op on its own, too
     run: str | None = None  # the run that the records belong to: a name to begin one, or to go on with it; None: a new one
     minutes: float | None = None  # begin no arm that would probably end later than this after the start; None: no limit

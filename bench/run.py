@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,9 @@ def _arms(
         def skip(plan: ArmPlan) -> None:
             progress.skip(arm_units(command.gate, blocks, plan.own_stock))
 
-        # Those that may work beside the reference come first, so that one does.
-        order = sorted(todo, key=lambda plan: not goes_beside(plan, command))
+        # Those that may work beside the reference come first, so that one does; but none passes a peer.
+        stretches = groupby(todo, key=lambda plan: plan.role == "peer")
+        order = [plan for _, some in stretches for plan in sorted(some, key=lambda plan: not goes_beside(plan, command))]
         config, width = gate_config(command, command.gate), side_by_side(command)
         turns = Turns(
             order, config, command.combine, ledger, claims, budget, skip, lambda plan: goes_beside(plan, command), width

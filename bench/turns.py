@@ -19,8 +19,8 @@ class Turns:
     the reference is at work beside, is of one.
     combine: when the run has a record of each of `arms`, also all that passed in it together, whoever measured them. Of
     commands with the same arms that run at the same time it is thus the last to finish that measures the combination;
-    commands with different arms would each measure one, of what had passed by then. Peers come last: each is timed in turn
-    with the fastest that passed.
+    commands with different arms would each measure one, of what had passed by then. Peers come behind it: each is timed in
+    turn with the fastest that has passed. Without `combine` they keep their places.
     skip(plan) is called for an arm of `arms` that will not be measured here after all.
     """
 
@@ -28,14 +28,25 @@ class Turns:
         self, arms: Sequence[ArmPlan], config: Config, combine: bool, ledger: Ledger, claims: Claims, budget: Budget,
         skip: Callable[[ArmPlan], None], beside: Callable[[ArmPlan], bool], width: int = 1,
     ) -> None:  # fmt: skip
+        self.in_order = arms
         self.arms, self.peers = ([plan for plan in arms if (plan.role == "peer") is peer] for peer in (False, True))
         self.config, self.combine, self.skip = config, combine, skip
         self.beside, self.width = beside, width
         self.ledger, self.claims, self.budget = ledger, claims, budget
 
     def __iter__(self) -> Iterator[tuple[ArmPlan, ...]]:
+        if not self.combine:
+            yield from self._batches(self.in_order)
+            return
+        yield from self._batches(self.arms)
+        together = None if self._unmeasured() else self._together()
+        if together is not None and self._take(together):
+            yield from self._hand_out([together])
+        yield from self._batches(self.peers)
+
+    def _batches(self, plans: Sequence[ArmPlan]) -> Iterator[tuple[ArmPlan, ...]]:
         batch, width = [], 1
-        for plan in self.arms:
+        for plan in plans:
             if batch and not self.beside(plan):
                 yield from self._hand_out(batch)
                 batch, width = [], self.width
@@ -46,13 +57,6 @@ class Turns:
                 batch, width = [], self.width
         if batch:
             yield from self._hand_out(batch)
-        if self.combine and not self._unmeasured():
-            together = self._together()
-            if together is not None and self._take(together):
-                yield from self._hand_out([together])
-        for plan in self.peers:
-            if self._take(plan):
-                yield from self._hand_out([plan])
 
     def _take(self, plan: ArmPlan) -> bool:
         """Whether the arm is this command's from now on."""

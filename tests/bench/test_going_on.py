@@ -313,8 +313,9 @@ def test_the_combination_is_of_what_passed_in_the_whole_run(world):
     assert world("--run", "r", "--arms", *TIMED) == []
 
 
-def test_peers_come_behind_the_combination(world, monkeypatch):
-    """Each is timed in turn with the fastest that passed, and that should be what ships."""
+@pytest.fixture
+def with_peers(world, monkeypatch):
+    """Peers pass, and are timed in turn with the best."""
     evidence = dataclasses.replace(EVIDENCE, build=EVIDENCE.build | {"peer": {}}, work={"kernels": {}})
 
     def gate_arm(self, spec, claim) -> Candidate:
@@ -326,8 +327,27 @@ def test_peers_come_behind_the_combination(world, monkeypatch):
     monkeypatch.setattr(Stage, "folder", world.reports, raising=False)
     monkeypatch.setattr(measure, "Arm", MagicMock())
     monkeypatch.setattr(measure, "race", lambda peer, other, best, timing: records.Race(best.arm, (), 2, 1, 3, 4))
+    return world
+
+
+def test_peers_come_behind_the_combination(with_peers):
+    """Each is timed in turn with the fastest that passed, and that should be what ships."""
+    world = with_peers
     assert world("--run", "r", "--arms", "transformers_peft", *TIMED[1:]) == [*TIMED[1:], "combination", "transformers_peft"]
     assert world.records("r")[-1].race == records.Race("supervised_logits", (), 2, 1, 3, 4)  # of equally fast ones the first
+
+
+@pytest.mark.parametrize("parallel", ["1", "4"])
+def test_where_nothing_is_combined_peers_keep_their_places(parallel, with_peers):
+    """A long command does what matters before the rest, and prepares stock once."""
+    world, flags = with_peers, ("--no-combine", "--gate.parallel", parallel, "--arms")
+    wanted = ["supervised_logits", "transformers_peft", "static_lora"]
+    assert world("--run", "r", *flags, *wanted) == wanted
+    assert [one.race.arm for one in world.records("r") if one.race] == ["supervised_logits"]
+    # Who may go beside the reference comes first still, among those that no peer parts.
+    arms = ("keep_activations", "static_lora", "transformers_peft", "supervised_logits")
+    first = arms if parallel == "1" else ("static_lora", "keep_activations", *arms[2:])
+    assert world("--run", "s", *flags, *arms) == list(first)
 
 
 def test_peers_get_ready_while_others_are_gated_and_nothing_is_timed_meanwhile(world, monkeypatch):

@@ -175,7 +175,7 @@ worker.main(lambda answers: PeerWorker(answers, find("transformers_peft")), ())
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert json.loads(done.stdout) == {"failed": "out of memory: CUDA out of memory. Tried to allocate 3 GiB"}
+    assert json.loads(done.stdout) == {"failed": "out of memory in ahead: CUDA out of memory. Tried to allocate 3 GiB"}
 
 
 def test_a_peer_that_never_comes_back_is_ended_with_a_line():
