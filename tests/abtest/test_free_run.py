@@ -151,9 +151,9 @@ def test_replicas_are_kicked_at_the_start_and_after_every_resync(reference, monk
     run, dataset = started()
     kicks, original = [], module.kick
 
-    def watched(run: Run, seed: int, trained_only: bool = False) -> None:
+    def watched(run: Run, seed: int, trained_only: bool = False, patience: float = 0) -> None:
         before = state_of(run)
-        original(run, seed, trained_only)
+        original(run, seed, trained_only, patience)
         handed = kicks and equal(before, load_file(files[RESYNC[len(kicks) - 1]]))
         kicks.append((seed, trained_only, bool(handed), not equal(before, state_of(run))))
 
