@@ -1,4 +1,4 @@
-"""`python -m bench.micro --optimization NAME`: forward plus backward of one op against PyTorch, checked first, then timed.
+"""`python -m bench.micro --optimization NAME...`: forward plus backward of an op against PyTorch, checked first, then timed.
 
 What does not match its reference is not timed, and what runs in Triton's interpreter is checked but not timed. With --record
 the outcome, whatever it is, is kept under reports/data/micro and the reports are rendered.
@@ -33,11 +33,11 @@ INTERPRETED = "Triton's interpreter is not timed: it shows that a kernel is righ
 class Command:
     """Flags of `python -m bench.micro`."""
 
-    optimization: str = ""  # the name of a folder in kernels/ or negative_results/
+    optimization: tuple[str, ...] = ()  # names of folders in kernels/ or negative_results/; one after another
     device: Literal["auto", "cpu", "cuda"] = "auto"
     samples: int = 50  # timed pairs a workload
-    json: bool = False  # print the JSON line only
-    record: bool = False  # keep the result as a line of reports/data/micro/<device>.jsonl, and render the reports
+    json: bool = False  # print the JSON lines only
+    record: bool = False  # keep each result as a line of reports/data/micro/<device>.jsonl, and render the reports
     reports: Path = Path(__file__).resolve().parent.parent / "reports"  # with --record: the folder of reports
 
 
@@ -251,12 +251,12 @@ def _show(result: Mapping[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints a table and, as the last line of stdout, the result as JSON. Returns 1 when the candidate does not match."""
+    """Prints a table and, behind it, the result as a line of JSON, for one optimization after another. Returns 1 when a
+    candidate does not match."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = parse(Command(), "python -m bench.micro", "Checks one op against PyTorch and times it.", arguments)
+    command = parse(Command(), "python -m bench.micro", "Checks ops against PyTorch and times them.", arguments)
     import torch
 
-    from abtest.verdict import Level
     from bench.micro_records import recorder
 
     if command.device == "cuda" and not torch.cuda.is_available():
@@ -266,25 +266,48 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and command.device != "cpu" else "cpu")
     if device.type == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    chosen = _chosen(command.optimization)
+    record = recorder(device, command.reports, arguments) if command.record else None
+    try:
+        failed = _one_by_one(chosen, device, command, record.keep if record else lambda result: None)
+    finally:  # what was measured before an interrupt is kept, and shown
+        if record:
+            record.render()
+    for result in failed:
+        print(f"error: {result['optimization']} {result['untimed']}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _chosen(names: tuple[str, ...]) -> list[Optimization]:
     from kernels.registry import discover
 
     known = discover()
-    if command.optimization not in known:
-        asked = f"no optimization is named {command.optimization!r}" if command.optimization else "name one"
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        asked = f"no optimization is named {unknown[0]!r}" if unknown else "name one"
         raise UserError(f"--optimization: {asked}; there are: {', '.join(known)}")
-    record = recorder(device, command.reports, arguments) if command.record else None
-    result = run_micro(known[command.optimization], device, samples=command.samples, on_progress=_say)
-    if record:
-        record.keep(result)
-    if not command.json:
-        _show(result)
-    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
-    if record:
-        record.render()
-    if result["level"] in (Level.FAILED.value, Level.INVALID.value):
-        print(f"error: {command.optimization} {result['untimed']}", file=sys.stderr)
-        return 1
-    return 0
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _one_by_one(
+    chosen: list[Optimization], device: torch.device, command: Command, keep: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """Measures, keeps and prints; what the device can do is measured once. Answers with the results that do not match."""
+    from abtest.verdict import Level
+    from bench.ceilings import Ceilings
+
+    failed, ceilings = [], None
+    for optimization in chosen:
+        result = run_micro(optimization, device, samples=command.samples, ceilings=ceilings, on_progress=_say)
+        if result["ceilings"]:
+            ceilings = Ceilings(**result["ceilings"])
+        keep(result)
+        if not command.json:
+            _show(result)
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False), flush=True)
+        if result["level"] in (Level.FAILED.value, Level.INVALID.value):
+            failed.append(result)
+    return failed
 
 
 def _say(text: str) -> None:

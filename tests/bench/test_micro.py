@@ -115,6 +115,34 @@ def test_the_command_ends_with_one_json_line(candidate, code, monkeypatch, capsy
     assert ("error: squares not timed: FAILED" in printed.err) is (code == 1)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_several_are_measured_one_after_another(interrupted, monkeypatch, capsys, tmp_path):
+    """What the device can do is measured once; one that does not match stops nobody; an interrupt keeps what there is."""
+    asked = []
+    monkeypatch.setattr("bench.ceilings.measure_ceilings", lambda device: asked.append(device) or CEILINGS)
+
+    def stopped(x: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    sides = {"right": square, "wrong": lambda x: square(x) + 1, "late": stopped if interrupted else square}
+    known = {name: replace(optimization_with(side), name=name) for name, side in sides.items()}
+    monkeypatch.setattr(registry, "discover", lambda: known)
+    flags = ["--device", "cpu", "--samples", "3", "--json", "--record", "--reports", str(tmp_path)]
+    names = ["right", "wrong", "late", "right"]
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            micro.main(["--optimization", *names, *flags])
+    else:
+        assert micro.main(["--optimization", *names, *flags]) == 1
+    printed = capsys.readouterr()
+    results = [json.loads(line) for line in printed.out.splitlines()]
+    there = [("right", "BITWISE"), ("wrong", "FAILED"), ("late", "BITWISE")][: 2 if interrupted else 3]
+    assert [(result["optimization"], result["level"]) for result in results] == there and len(asked) == 1
+    assert [record.result for record in micro_records.read(recorded(tmp_path))] == results
+    assert ("error: wrong not timed: FAILED" in printed.err) is not interrupted
+    assert differences(tmp_path / "data", tmp_path) == []
+
+
 @pytest.fixture
 def command(monkeypatch):
     """Runs `python -m bench.micro` on one side of squares and returns its exit status."""
