@@ -120,12 +120,7 @@ class Worker(Examiner, Stopwatch):
     def _make(self) -> bool:
         """Builds the arm's run, and waits where memory is short. Returns whether what was switched on changed any of its
         seams."""
-
-        def release() -> None:
-            gc.collect()  # of a model that came half way
-            self._release()
-
-        return patiently(self._make_now, release)
+        return patiently(self._make_now, self._clear)
 
     def _make_now(self) -> bool:
         self.run, self.dataset = self._fresh(self.config)
@@ -257,6 +252,11 @@ class Worker(Examiner, Stopwatch):
     def _release(self) -> None:
         """What this process no longer needs, others on the same device may."""
         torch.cuda.empty_cache()  # nothing happens where there is no device
+
+    def _clear(self) -> None:
+        """The same, behind something that came half way: its parts may refer to each other."""
+        gc.collect()
+        self._release()
 
     def _probe(self, state: str, index: int, count: int, seed: int) -> Probe:
         key = (state == states.OVERFIT, count, seed)

@@ -25,6 +25,7 @@ from abtest import fingerprint as fp
 from abtest import worker
 from abtest.census import count_launches
 from abtest.limits import UPDATE
+from abtest.patience import patiently
 from abtest.structure import (
     Finding,
     apart_in_a_step,
@@ -34,7 +35,7 @@ from abtest.structure import (
     inputs_unmodified,
     repeated,
 )
-from abtest.update import check_update, update_config
+from abtest.update import UpdateReport, check_update, update_config
 from bench.peers import Peer, find
 from bench.peers.ready import Ready, Unavailable, micro_step_of
 from loop.config import Config
@@ -153,20 +154,29 @@ class PeerWorker(worker.Worker):
 
     def update(self, seed: int, weights: str, state: str, count: int, alone: bool) -> dict:
         """Check 3 on the loop's optimizer over the peer's parameters, which then are as they were before; never on a second
-        run, whether or not `alone`: a peer takes minutes to build."""
+        run, whether or not `alone`: a peer takes minutes to build. The optimizer makes room for the one that is checked, and
+        where memory is short all the same that is waited for."""
         run, kept = self.run, {name: value.detach().cpu().clone() for name, value in self.run.optimizer.state().items()}
         run.optimizer.release()
-        config = update_config(self.config)
-        run.optimizer = MasterAdamW(trainable(run.model), config.optim, config.steps)
-        report = check_update(dataclasses.replace(run, config=config), seed)
-        run.optimizer.release()
-        run.optimizer = MasterAdamW(trainable(run.model), self.config.optim, self.config.steps)
+        run.optimizer = None
+        report = patiently(lambda: self._checked_update(seed), self._clear)
+        run.optimizer = patiently(
+            lambda: MasterAdamW(trainable(run.model), self.config.optim, self.config.steps), self._clear
+        )
         run.optimizer.load_state(kept)
         self.loaded = None
         self._release()
         return {
             "error": report.error, "name": report.name, "problems": list(report.problems), "limit": UPDATE, "findings": [],
         }  # fmt: skip
+
+    def _checked_update(self, seed: int) -> UpdateReport:
+        config = update_config(self.config)
+        optimizer = MasterAdamW(trainable(self.run.model), config.optim, config.steps)
+        try:
+            return check_update(dataclasses.replace(self.run, config=config, optimizer=optimizer), seed)
+        finally:
+            optimizer.release()
 
     def work(self, weights: str, state: str, index: int, count: int, seed: int) -> dict:
         """The census of one micro-step; of what compiles its code, device kernels alone."""

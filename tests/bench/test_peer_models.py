@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from abtest import patience
+from abtest.update import check_update
 from abtest.worker import Worker
 from bench.peers import compiled, find, transformers_peft, unsloth
 from bench.peers.ready import Unavailable, bound_kernels, flattened, modelling_of, one_text, raw_labels
@@ -164,11 +166,25 @@ def test_its_structure_is_judged_by_whole_steps(one_state, monkeypatch):
     assert again["repeats have the same bits"]["detail"] == "it raises RuntimeError: out of" and LEAK in again
 
 
-def test_checking_the_update_leaves_the_run_as_it_was(one_state):
+@pytest.mark.parametrize("short", [False, True])
+def test_checking_the_update_leaves_the_run_as_it_was(short, one_state, monkeypatch):
+    """Also where it lacked memory at first."""
     peer, given = one_state
     peer.free_run(2)
-    before = {name: value.clone() for name, value in peer.run.optimizer.state().items()}
+    before, calls = {name: value.clone() for name, value in peer.run.optimizer.state().items()}, []
+
+    def checked(run, seed):
+        calls.append(run)
+        assert peer.run.optimizer is None, "it takes memory beside the one that is checked"
+        answer = check_update(run, seed)
+        if short and len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answer
+
+    monkeypatch.setattr("bench.peers.worker.check_update", checked)
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
     report_of = peer.update(**given, alone=False)
+    assert len(calls) == 1 + short
     assert report_of["error"] <= report_of["limit"] and not report_of["problems"]
     after = peer.run.optimizer.state()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
