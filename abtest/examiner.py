@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ CENSUS_OPERATORS = 8  # new operators that are bent one by one
 
 class Examiner:
     """Commands of a worker, which holds `run`, `config`, `optimizations`, `exact` and `own`, and knows `_load`, `_probe`,
-    `_release`, `_make`, `_let_go`, `_switch_on` and `step`."""
+    `_release`, `_clear`, `_make`, `_let_go`, `_switch_on` and `step`."""
 
     def _measure(self, probe: Probe, truth: str, distances: Distances, marks: list) -> None:
         losses, gradients, exact = patiently(lambda: self._beside(probe, truth), self._release)
@@ -68,10 +67,8 @@ class Examiner:
                 return self._update(seed, batch)
             except torch.OutOfMemoryError:
                 pass
-            gc.collect()  # not in the handler, which holds the run
-        self._let_go()
-        self._release()
-        answer = patiently(lambda: self._update(seed, batch), self._release)
+        self._let_go()  # not in the handler, which holds the second run
+        answer = patiently(lambda: self._update(seed, batch), self._clear)
         self._make()
         return answer
 
@@ -84,8 +81,7 @@ class Examiner:
             findings = [dataclasses.asdict(finding) for finding in dropout.examine(run, batch, self.step)]
         report = check_update(run, seed)
         del run
-        gc.collect()  # hooks and what they hold refer to each other
-        self._release()
+        self._clear()
         return {
             "error": report.error, "name": report.name, "problems": list(report.problems), "limit": UPDATE,
             "findings": findings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -48,12 +49,7 @@ def kick(run: Run, seed: int, trained_only: bool = False, patience: float = PATI
     for parameter in run.model.parameters():
         if trained_only and not parameter.requires_grad:
             continue
-        begun = generator.get_state()
-
-        def kicked(parameter: torch.Tensor = parameter, begun: torch.Tensor = begun) -> torch.Tensor:
-            generator.set_state(begun)
-            return _kicked(parameter, generator)
-
+        kicked = partial(_kicked, parameter, generator, generator.get_state())
         parameter.copy_(patiently(kicked, torch.cuda.empty_cache, patience))
     for name, master in run.optimizer.masters.items():
         parameter = run.optimizer.parameters[name]
@@ -61,7 +57,9 @@ def kick(run: Run, seed: int, trained_only: bool = False, patience: float = PATI
             master.copy_(parameter)
 
 
-def _kicked(parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _kicked(parameter: torch.Tensor, generator: torch.Generator, begun: torch.Tensor) -> torch.Tensor:
+    """begun: the state that the generator draws from, however often it is asked."""
+    generator.set_state(begun)
     draw = torch.rand(parameter.shape, generator=generator, device=parameter.device)
     towards = torch.where(draw < 0.5, torch.inf, -torch.inf).to(parameter.dtype)
     moved = torch.nextafter(parameter, towards)

@@ -134,7 +134,7 @@ class Worker(Examiner, Stopwatch):
     def _let_go(self) -> None:
         """Gives up the arm's run, and with it all that it holds."""
         del self.run, self.held, self.own
-        gc.collect()
+        self._clear()
 
     def give_back(self) -> dict:
         """What no tensor is in, others on the same device may have."""
@@ -145,7 +145,6 @@ class Worker(Examiner, Stopwatch):
         """Gives up the run and its memory, until `resume` builds it anew."""
         self.batches = []
         self._let_go()
-        self._release()
         return {}
 
     def resume(self) -> dict:
@@ -254,7 +253,7 @@ class Worker(Examiner, Stopwatch):
         torch.cuda.empty_cache()  # nothing happens where there is no device
 
     def _clear(self) -> None:
-        """The same, behind something that came half way: its parts may refer to each other."""
+        """The same, behind a run that is no longer wanted or came half way: its parts refer to each other."""
         gc.collect()
         self._release()
 

@@ -39,7 +39,7 @@ class Turns:
             yield from self._batches(self.in_order)
             return
         yield from self._batches(self.arms)
-        together = None if self._unmeasured() else self._together()
+        together = self._together()
         if together is not None and self._take(together):
             yield from self._hand_out([together])
         yield from self._batches(self.peers)
@@ -77,12 +77,13 @@ class Turns:
         return [plan.name for plan in self.arms if not self.ledger.has(plan)]
 
     def _together(self) -> ArmPlan | None:
-        return combination(self.ledger.passed(), self.config)
+        """What passed, all of it, once the run has a record of every arm."""
+        return None if self._unmeasured() else combination(self.ledger.passed(), self.config)
 
     def left(self) -> list[str]:
         """Arms, the combination among them, of which the run has no record yet."""
         left = self._unmeasured()
         if self.combine:
-            together = None if left else self._together()
+            together = self._together()
             left += ["combination"] if left or (together is not None and not self.ledger.has(together)) else []
         return left + [plan.name for plan in self.peers if not self.ledger.has(plan)]

@@ -107,9 +107,11 @@ class PeerWorker(worker.Worker):
         self.seconds += time.monotonic() - began
         device, dtype = resolve_device(config)
         dataset = load_dataset(config.data, load_tokenizer(checkpoint_folder(config.model), config.data), config.seed)
-        optimizer = MasterAdamW(trainable(self.ready.model), config.optim, config.steps)
         micro_step = micro_step_of(self.ready)
-        return Run(config, device, dtype, self.ready.model, cross_entropy_head, micro_step, optimizer), dataset
+        return Run(config, device, dtype, self.ready.model, cross_entropy_head, micro_step, self._optimizer(config)), dataset
+
+    def _optimizer(self, config: Config) -> MasterAdamW:
+        return MasterAdamW(trainable(self.ready.model), config.optim, config.steps)
 
     def _first_step(self) -> dict[str, Any]:
         began = time.monotonic()
@@ -160,9 +162,7 @@ class PeerWorker(worker.Worker):
         run.optimizer.release()
         run.optimizer = None
         report = patiently(lambda: self._checked_update(seed), self._clear)
-        run.optimizer = patiently(
-            lambda: MasterAdamW(trainable(run.model), self.config.optim, self.config.steps), self._clear
-        )
+        run.optimizer = patiently(lambda: self._optimizer(self.config), self._clear)
         run.optimizer.load_state(kept)
         self.loaded = None
         self._release()
@@ -172,7 +172,7 @@ class PeerWorker(worker.Worker):
 
     def _checked_update(self, seed: int) -> UpdateReport:
         config = update_config(self.config)
-        optimizer = MasterAdamW(trainable(self.run.model), config.optim, config.steps)
+        optimizer = self._optimizer(config)
         try:
             return check_update(dataclasses.replace(self.run, config=config, optimizer=optimizer), seed)
         finally:

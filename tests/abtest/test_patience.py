@@ -168,13 +168,14 @@ def test_a_step_that_lacked_memory_is_begun_anew_with_the_same_random_numbers(dr
     assert seen[0] == seen[1]
 
 
-def test_a_kicked_replica_that_keeps_everything_does_not_wait(monkeypatch):
-    """It recomputes instead, at once."""
+@pytest.mark.parametrize(("where", "name", "time"), [(patience, "accumulate", 1), (perturb, "_kicked", 2)])
+def test_a_kicked_replica_that_keeps_everything_does_not_wait(where, name, time, monkeypatch):
+    """For a step or a kick: it recomputes instead, at once."""
     worker = Worker(io.StringIO())
     worker.build(to_plain(CONFIG), [])
     worker.remember()
     plain = worker.replica(2, {}, 1, kept=True)["loss"]
-    _short_once(monkeypatch, patience, "accumulate", (1,))
+    _short_once(monkeypatch, where, name, (time,))
     monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("it waits"))
     assert worker.replica(2, {}, 1, kept=True) == {"loss": plain, "kept": False, "roomy": False}
 
@@ -209,16 +210,6 @@ def test_a_kick_that_found_no_memory_is_the_same_kick(monkeypatch):
         assert len(calls) == len(weights) + short
         seen.append(weights)
     assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
-
-
-def test_a_replica_that_keeps_everything_does_not_wait_for_a_kick(monkeypatch):
-    worker = Worker(io.StringIO())
-    worker.build(to_plain(CONFIG), [])
-    worker.remember()
-    plain = worker.replica(2, {}, 1, kept=True)["loss"]
-    _short_once(monkeypatch, perturb, "_kicked", (2,))
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail("it waits"))
-    assert worker.replica(2, {}, 1, kept=True) == {"loss": plain, "kept": False, "roomy": False}
 
 
 def test_what_begins_anew_is_asked_once_more(tmp_path, monkeypatch):
