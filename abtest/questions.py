@@ -23,15 +23,9 @@ class Questions:
         """The reference's free run, which leaves its weights at three states."""
         _, slow, late, _ = self.states
         steps = self.settings.steps
-        at = {str(steps // 3): self.weights[slow], str(steps - 1): self.weights[late]}
-        return self.reference_arm.call(
-            "free_run",
-            self._step("stock", "training"),
-            steps=steps,
-            states_to=at,
-            slow=str(steps // 3),
-            resync_to=self.resync,
-        )
+        at = {str(steps // 3): (slow, self.weights[slow]), str(steps - 1): (late, self.weights[late])}
+        step = self._step("stock", "training")
+        return self.reference_arm.call("free_run", step, steps=steps, states_to=at, resync_to=self.resync)
 
     def _free_run(self, arm: Arm, phase: str = "training", resync: dict[str, str] | None = None, **arguments: Any) -> dict:
         step = self._step(arm.spec.name, phase)

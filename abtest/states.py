@@ -1,8 +1,8 @@
 """The weights at which gradients are compared: teacher forcing gives every arm the reference's.
 
-A state is a file of fp32 tensors by canonical parameter name: everything that trains, and the decay rates (A_log), so that
-one state can have heads that forget slowly. With the decay rates a model is born with, a state that leaks between documents
-has faded before anyone sees it.
+A state is a file of fp32 tensors by canonical parameter name: everything that trains, and all vectors: norms, biases and
+decay rates (A_log). So one state can have heads that forget slowly: with the decay rates a model is born with, a state that
+leaks between documents has faded before anyone sees it. And one can have vectors that are uneven (`abtest/uneven.py`).
 """
 
 from __future__ import annotations
@@ -18,24 +18,31 @@ from torch import nn
 
 from abtest.patience import accumulated
 from abtest.probes import Document, memorised_batch
+from abtest.uneven import SPREAD, row_length, uneven, uneven_last
 from loop.files import write_safetensors
 from loop.model import canonical_name
 from loop.run import Run
 
-OVERFIT, SLOW = "overfit", "slow decay"
+OVERFIT, SLOW, UNEVEN = "overfit", "slow decay", "uneven vectors"
 SLOW_DECAY = 0.05  # A of every other head at the slow state
 OVERFIT_STEPS, OVERFIT_LOSS = 150, 0.003  # at most so many; a mean loss of 0.003 is p(target) = 0.997
 REACH = 25.0  # how large a logit must be able to get for p(target) -> 1 over some 100,000 columns
 
 
 def names(steps: int) -> tuple[str, str, str, str]:
-    """The four states of a free run: at the start, a third in (with slow heads), at the last step, and overfit."""
-    return "step 0", f"step {steps // 3}, {SLOW}", f"step {steps - 1}", OVERFIT
+    """The four states of a free run: at the start, a third in (with slow heads), at the last step (with vectors that are
+    uneven, and slow heads), and overfit."""
+    return "step 0", f"step {steps // 3}, {SLOW}", f"step {steps - 1}, {UNEVEN}", OVERFIT
 
 
 def is_slow(name: str) -> bool:
     """Whether it is the state with heads that forget slowly, in which a leak does not fade."""
     return name.endswith(SLOW)
+
+
+def is_uneven(name: str) -> bool:
+    """Whether it is the state in which norms, biases and the head's logits differ, as a trained model's do."""
+    return name.endswith(UNEVEN)
 
 
 def resync_steps(steps: int) -> tuple[int, ...]:
@@ -52,28 +59,46 @@ class Held:
 
     @classmethod
     def of(cls, run: Run) -> Held:
-        """What trains, decay rates and the last norm. Ask before an optimization is on, or the oracle is raised."""
+        """What trains, and all vectors. Ask before an optimization is on, or the oracle is raised."""
         named = {canonical_name(name): parameter for name, parameter in run.model.named_parameters()}
-        last = run.model.get_decoder().norm.weight
-        found = {name: p for name, p in named.items() if p.requires_grad or name.endswith("A_log") or p is last}
+        found = {name: p for name, p in named.items() if p.requires_grad or p.ndim == 1}
         return cls(found, {name: p.dtype for name, p in found.items()})
 
     @torch.no_grad()
-    def save(self, run: Run, path: Path, slow_decay: bool = False) -> None:
-        """Writes the run's weights, the optimizer's fp32 masters where there are any."""
-        values = {}
-        for name, parameter in self.parameters.items():
-            value = run.optimizer.masters.get(name, parameter).detach().float().cpu().clone()
-            if slow_decay and name.endswith("A_log"):
-                value[::2] = value[::2].clamp(max=math.log(SLOW_DECAY))
-            values[name] = value.contiguous()
+    def save(self, run: Run, path: Path, state: str = "") -> None:
+        """Writes the run's weights, the optimizer's fp32 masters where there are any, as the state of that name has them."""
+        values = {
+            name: run.optimizer.masters.get(name, parameter).detach().float().cpu().clone().contiguous()
+            for name, parameter in self.parameters.items()
+        }
+        if is_slow(state) or is_uneven(state):  # what a bias does to a decay shows where heads remember
+            _forget_slowly(values)
+        if is_uneven(state):
+            self._make_uneven(run, values)
         write_safetensors(path, values)
+
+    def _make_uneven(self, run: Run, values: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(run.config.seed)
+        before_head = run.model.get_decoder().norm.weight
+        for name in sorted(name for name, value in values.items() if value.ndim == 1):
+            if self.parameters[name] is before_head:
+                row = row_length(run.model.get_output_embeddings().weight)
+                values[name] = uneven_last(values[name], row, generator)
+            else:
+                values[name] = uneven(values[name], SPREAD, generator)
 
     @torch.no_grad()
     def load(self, path: Path | str) -> None:
         """Copies a state into the parameters, rounded as the run's own dtypes round."""
         for name, value in load_file(path).items():
             self.parameters[name].copy_(value.to(self.dtypes[name]))
+
+
+def _forget_slowly(values: dict[str, torch.Tensor]) -> None:
+    """Every other head of each layer."""
+    for name, value in values.items():
+        if name.endswith("A_log"):
+            value[::2] = value[::2].clamp(max=math.log(SLOW_DECAY))
 
 
 def overfit(run: Run, own: list[Document]) -> tuple[float, int]:
@@ -108,8 +133,7 @@ def raise_logits(run: Run) -> None:
     """Scales the last norm where no hidden state could make a confident prediction, as with a small model's random head."""
     norm, head = run.model.get_decoder().norm, run.model.get_output_embeddings().weight
     width = head.shape[1]
-    norms = torch.linalg.vector_norm(head, dim=1, dtype=torch.float32)  # in fp32 without a copy of the head in fp32
-    factor = REACH / (math.sqrt(width) * float(norms.mean()))
+    factor = REACH / (math.sqrt(width) * row_length(head))
     if factor <= 1:
         return
     hidden = torch.ones(1, width, dtype=run.dtype, device=run.device)

@@ -169,15 +169,17 @@ class Worker(Examiner, Stopwatch):
     # Training, and the weights that come of it
 
     def free_run(
-        self, steps: int, states_to: dict[str, str] | None = None, slow: str = "", resync_to: dict[str, str] | None = None,
+        self, steps: int, states_to: dict[str, tuple[str, str]] | None = None, resync_to: dict[str, str] | None = None,
         resync: dict[str, str] | None = None,
     ) -> dict:  # fmt: skip
-        """Trains from the initial weights. states_to, resync_to: before which steps to write weights or the whole optimizer,
-        and where; `slow` is the step whose weights get slow heads. resync: before which steps to take the optimizer."""
+        """Trains from the initial weights. states_to: before which steps to write the weights of which states, and where, as
+        (state, path); resync_to: before which to write the whole optimizer, and where. resync: before which steps to take
+        the optimizer."""
 
         def before_step(step: int) -> None:
             if str(step) in (states_to or {}):
-                self.held.save(self.run, Path(states_to[str(step)]), slow_decay=str(step) == slow)
+                state, path = states_to[str(step)]
+                self.held.save(self.run, Path(path), state)
             if str(step) in (resync_to or {}):
                 save_state(self.run, Path(resync_to[str(step)]))
 

@@ -128,6 +128,15 @@ def a_log_reinitialised(run: Run, layer: str, fraction: float) -> None:
     with_parameters(run.model, _layer(run, layer), A_log=fresh)
 
 
+def dt_bias_reinitialised(run: Run, layer: str, fraction: float) -> None:
+    """A fraction of the heads has a dt_bias of 1, as at birth, whatever was loaded."""
+
+    def fresh(bias: Tensor) -> Tensor:
+        return on_rows(bias[:, None], fraction, lambda rows: rows + (1 - rows).detach())[:, 0]
+
+    with_parameters(run.model, _layer(run, layer), dt_bias=fresh)
+
+
 # Before and behind it.
 
 
@@ -202,6 +211,9 @@ PLANTED = (
            modelled_on="FLA 754 (a checkpoint's A_log not kept)", plant=a_log_off, magnitudes=(0.01, 0.1)),
     _mutant("a_log_reinitialised", summary="A_log initialised again over the checkpoint", modelled_on="FLA 754",
             plant=a_log_reinitialised, magnitudes=(0.25, 1.0), unit="fraction of heads"),
+    _mutant("dt_bias_reinitialised", summary="dt_bias initialised again over the checkpoint",
+            modelled_on="FLA 754 (a checkpoint's A_log not kept)", plant=dt_bias_reinitialised, magnitudes=(0.25, 1.0),
+            unit="fraction of heads"),
     _scale("conv_dweight_scaled", summary="the convolution's dweight too large", modelled_on="FLA 955",
            plant=conv_dweight_scaled, magnitudes=(0.01, 15.0), methods=("full",)),
     _mutant("conv_dx_at_tile_ends", summary="the convolution's dx lacks what comes from the next tile",

@@ -147,6 +147,17 @@ def eps_too_large(run: Run, layer: str, part: float) -> None:
     bend_output(run.model, pick(_norms(run.model), layer), shrink)
 
 
+def weight_first(run: Run, layer: str, part: float) -> None:
+    """Part of the way from x / rms(x) * w to x w / rms(x w): the same where w has one value."""
+
+    def again(out: Tensor, x: Tensor) -> Tensor:
+        normalised = F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
+        wrong = out.float() * (_mean_square(normalised) / _mean_square(out)).sqrt()
+        return out.float().lerp(wrong, part).to(out.dtype)
+
+    bend_output(run.model, pick(_norms(run.model), layer), again)
+
+
 def qk_norm_scaled(run: Run, layer: str, error: float) -> None:
     bend_output(run.model, pick(_qk_norms(run.model), layer), lambda out, x: out * (1 + error))
 
@@ -234,6 +245,9 @@ PLANTED = (
     _mutant("norm_eps_too_large", summary="a norm with another model's eps",
             modelled_on="Liger 74 (a norm's constants taken from another architecture)", plant=eps_too_large,
             magnitudes=(0.02, 0.2), unit="part of the mean square"),
+    _mutant("norm_weight_first", summary="a norm taken behind its weight",
+            modelled_on="vllm-project/tpu-inference 3040, without its factor of two", plant=weight_first,
+            magnitudes=(0.1, 1.0), unit="part of the difference"),
     _mutant("qk_norm_scaled", summary="q or k norm with its scale off", modelled_on="Liger 74", plant=qk_norm_scaled,
             magnitudes=(0.01, 0.1), unit="relative scale", eligible=present(_qk_norms, "norms of queries and keys")),
     _rope("rope_positions_in_bf16", summary="positions held in bf16", modelled_on="transformers 29285",

@@ -15,6 +15,7 @@ from abtest.catalogue import Case, cases, cross_entropy, delta_rule, normalisati
 from abtest.catalogue.patching import with_fields
 from abtest.catalogue.planted import Planted
 from abtest.probes import tricky_batch
+from abtest.uneven import SPREAD, uneven
 from loop.batch import IGNORE, PackedBatch
 from loop.config import Config, DataConfig, LoraConfig
 from loop.lora import adapters
@@ -36,7 +37,8 @@ CONFIG = Config(
 
 @functools.cache
 def built(method: str, model: str = "qwen3.5-shallow-tiny") -> Run:
-    """Adapters that add something, and slow decays in every other head, so that a state that leaks is still there."""
+    """Adapters that add something, vectors that are uneven, and slow decays in every other head, so that a state that leaks
+    is still there."""
     run, _ = build(dataclasses.replace(CONFIG, method=method, model=model))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -45,6 +47,8 @@ def built(method: str, model: str = "qwen3.5-shallow-tiny") -> Run:
         for name, parameter in run.model.named_parameters():
             if name.endswith("A_log"):
                 parameter[::2] = math.log(0.05)
+            elif parameter.ndim == 1:
+                parameter.copy_(uneven(parameter, SPREAD, generator))
     return run
 
 

@@ -13,6 +13,7 @@ from tiny import duplicate
 
 from abtest.catalogue import Case, cases, cheats, lora, norm_rope, precision, stateful
 from abtest.catalogue.patching import with_fields
+from abtest.uneven import SPREAD, uneven
 from loop.batch import IGNORE, PackedBatch
 from loop.config import Config, DataConfig, LoraConfig, OptimConfig
 from loop.lora import adapters
@@ -66,6 +67,9 @@ def observe(method: str, case: Case | None) -> dict:
     with torch.no_grad():
         for adapter in adapters(model):
             adapter.b.normal_(std=0.02, generator=generator)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(uneven(parameter, SPREAD, generator))
     if case is not None:
         assert case.planted.eligible(run) is None
         case.apply(run)

@@ -120,7 +120,7 @@ def test_records_hold_the_run(done):
         assert record.command.startswith(f"python -m bench.run --arms {' '.join(ASKED)}")
     assert [{check.part for check in record.verdict.checks} for record in kept[2:4]] == [set(PARTS), set(PARTS) - {0}]
     states = {check.state for check in kept[3].verdict.checks if check.part == 2}
-    assert states == {"step 0", "step 1, slow decay", "step 2", "overfit"}
+    assert states == {"step 0", "step 1, slow decay", "step 2, uneven vectors", "overfit"}
     summary = {arm["arm"]: arm for arm in json.loads(process.stdout)["arms"]}
     assert kept[2].perf.ratio == summary["static_lora"]["ratio"] and kept[3].perf is None
     assert any("StaticLora" in path for path in kept[2].environment["paths"])
