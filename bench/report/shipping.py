@@ -18,7 +18,8 @@ The file is TOML. Top-level keys:
 optimization. The answer of `bench.search` goes before all that was measured earlier in its run, since it was timed in turn
 with sets of that, where ratios to stock of several commands drift apart. A gain is real when the whole 95 % interval of the
 speed ratio lies above 1, and above what the reference timed against itself reaches anywhere in the same run. What lies in
-`negative_results/` never ships, whatever it measures.
+`negative_results/` never ships, whatever it measures. Nor does what was let through as a whole, but whose op was not by the
+microbenchmark's op check: that one sees values that a model's own weights may not lead to.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from abtest.verdict import Level
 from bench.records import Record
 from bench.report import text
 from bench.report.devices import Device, newest_by_arm
@@ -120,14 +122,17 @@ def _obstacle(record: Record, run: _Run) -> str | None:
     level = record.verdict.level
     if not level.lossless:
         return f"{level.value}: {record.verdict.reason}"
+    op = _bad_op(record)
+    if op is not None:
+        return f"{level.value} as a whole, but its op is {op}: {(record.micro or {}).get('reason') or 'no reason is given'}"
     if record.recipe != run.stock_recipe(record):
         ratio = f" and {text.ratio(record.perf)}" if record.perf else ""
         return f"{level.value}{ratio}, but beside stock of another recipe; its page says which"
     if record.role == "combination":
         for other in run.current:
-            bad = other.role == "optimization" and not other.verdict.level.lossless
-            if bad and set(_switched(other)) & set(record.optimizations):
-                return f"{level.value}, but {other.arm} alone is {other.verdict.level.value}"
+            bad = _bad_op(other) if other.verdict.level.lossless else other.verdict.level.value
+            if bad and other.role == "optimization" and set(_switched(other)) & set(record.optimizations):
+                return f"{level.value}, but {other.arm} alone is {bad}"
     if record.perf is None:
         return f"not timed here: {record.untimed or 'the record gives no reason'}"
     if not record.perf.ratio_low > run.floor:  # a ratio that is not a number ends here too
@@ -135,6 +140,12 @@ def _obstacle(record: Record, run: _Run) -> str | None:
         beside = f"; the reference against itself reaches {run.floor:.3f}" if run.floor > 1.0 else ""
         return f"lossless but {worse}: ratio {text.ratio(record.perf)}{beside}"
     return None
+
+
+def _bad_op(record: Record) -> str | None:
+    """The level of an optimization's op in its microbenchmark, if that is none to ship with."""
+    level = (record.micro or {}).get("level")
+    return level if level in (Level.APPROX.value, Level.FAILED.value, Level.INVALID.value) else None
 
 
 def timing_floor(run: Sequence[Record]) -> float:

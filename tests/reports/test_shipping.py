@@ -83,6 +83,20 @@ def test_a_combination_with_a_member_that_did_not_pass_stays_off(level):
     assert shipping.reasons["all"] == f"ROUNDING, but b alone is {level.value}"
 
 
+@pytest.mark.parametrize("level", [level.value for level in Level] + [None])
+def test_what_passed_as_a_whole_and_not_by_its_op_stays_off(level):
+    op = {"level": level, "reason": "mean ratio 60.6 (limit 1.1) in d x", "workloads": {}}
+    arms = [single("a", 1.1), single("b", 1.3, micro=op), combination(1.5, "a", "b"), single("c", 0.9, micro=op)]
+    shipping = decide(arms)
+    if level not in ("APPROX", "FAILED", "INVALID"):
+        assert shipping.enable == ("a", "b")
+        return
+    assert shipping.enable == ("a",)
+    assert shipping.not_enabled["b"] == f"ROUNDING as a whole, but its op is {level}: mean ratio 60.6 (limit 1.1) in d x"
+    assert shipping.not_enabled["c"] == shipping.not_enabled["b"]  # and not "lossless but slower"
+    assert shipping.reasons["all"] == f"ROUNDING, but b alone is {level}"
+
+
 def test_members_without_a_record_of_their_own_are_named():
     shipping = decide([single("a", 1.1), combination(None, "a", "b", level=Level.FAILED)])
     assert shipping.enable == ("a",)
