@@ -13,14 +13,16 @@ NAMES = (
     "logits_rounded", "ignored_read_as_class", "rows_overwritten", "head_dw_doubled", "head_dw_in_fewer_bits",
     # delta_rule
     "dg_off", "db_lost", "dk_off", "dv_unwritten", "dq_of_another", "dy_misread", "beta_scaled", "q_norm_eps",
-    "a_log_rounded", "a_log_off", "a_log_reinitialised", "conv_dweight_scaled", "conv_dx_at_tile_ends", "gated_norm_dw",
+    "a_log_rounded", "a_log_off", "a_log_reinitialised", "dt_bias_reinitialised", "conv_dweight_scaled",
+    "conv_dx_at_tile_ends", "gated_norm_dw",
     # lora
     "lora_scale_off", "lora_scaled_again_backwards", "lora_dx_incomplete", "lora_wrong_stride", "lora_bypassed",
     "lora_da_loses_positions", "lora_db_from_rounded", "lora_rank_cut", "dx_added_twice", "nothing_trains_below",
     "garbage_row", "down_projection_off",
     # norm_rope
     "norm_one_omitted", "norm_dw_in_bf16", "norm_dw_loses_rows", "norm_dy_clobbered", "norm_rstd_of_neighbour",
-    "norm_eps_too_large", "qk_norm_scaled", "rope_positions_in_bf16", "rope_angles_rounded", "rope_inv_freq_wrong",
+    "norm_eps_too_large", "norm_weight_first", "qk_norm_scaled", "rope_positions_in_bf16", "rope_angles_rounded",
+    "rope_inv_freq_wrong",
     "dq_garbage_at_ragged_length", "dq_wrong_for_large_q",
     # normalisation
     "mean_of_means", "unshifted_count", "ignored_counted", "divided_twice", "layer_divided_twice", "document_means",

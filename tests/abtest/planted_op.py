@@ -21,6 +21,7 @@ from abtest.opcheck import OpReport, check_op
 from abtest.oracle import ExactGradients
 from abtest.probes import tricky_batch
 from abtest.tripwire import exchanged, parts
+from abtest.uneven import SPREAD, uneven
 from kernels.contract import Op, Workload
 from loop.batch import IGNORE, PackedBatch
 from loop.lora import adapters
@@ -194,8 +195,14 @@ def sharing(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def model_of(method: str, dtype: str) -> nn.Module:
+    """With vectors as a trained model has them: norms of ones and biases that are all the same hide a defect in them."""
     run, _ = tiny("qwen3.5-tiny", method=method, dtype=dtype)
     run.optimizer.release()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(uneven(parameter, SPREAD, generator))
     return run.model
 
 
