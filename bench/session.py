@@ -218,6 +218,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--minutes is {command.minutes}; it must be above 0")
     steps = read_plan(command.plan)
     end = math.inf if command.minutes is None else began + 60 * command.minutes
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's `&` has this process ignore interrupts, and its commands would inherit that and be killed instead. What
+        # is handled, though by nothing, has its default again in them.
+        signal.signal(signal.SIGINT, lambda number, frame: None)
     print(f"output is in {command.logs}", file=sys.stderr)
     ended = Session(steps, command.logs, end).run()
     print(json.dumps([vars(one) for one in ended]))

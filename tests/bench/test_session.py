@@ -117,6 +117,22 @@ def test_the_session_ends_in_time_and_says_what_was_not_begun(tmp_path, capsys):
     assert "gpu 0, late: not begun, the session's time is over" in said.err and "gpu 1, quick: ended with 0" in said.err
 
 
+def test_commands_of_a_session_in_the_background_of_a_script_can_be_interrupted(tmp_path):
+    """There a shell has what it starts ignore interrupts, and whoever is started by that inherits it."""
+    path = plan(tmp_path, step("long", KEEPS, minutes=0.04))
+    words = [sys.executable, "-m", "bench.session", str(path), "--logs", str(tmp_path / "logs")]
+    script = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *words]
+    began = time.monotonic()
+    with subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
+        log = tmp_path / "logs" / "long.log"
+        while not (log.exists() and log.read_text()) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)  # the session itself goes on ignoring it
+        (ended,) = json.loads(process.communicate(timeout=60)[0])
+    assert ended["cut"] and ended["code"] == 0 and log.read_text() == "begun\nkept\n"
+    assert time.monotonic() - began < 20
+
+
 def test_ctrl_c_interrupts_what_is_at_work_and_begins_nothing_else(tmp_path):
     path = plan(tmp_path, step("long", KEEPS) + step("late", "print('late')"))
     process = subprocess.Popen(
