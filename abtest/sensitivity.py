@@ -16,6 +16,7 @@ import os
 import shlex
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -205,7 +206,7 @@ def run_units(units: list[Unit], workers: int, store: UnitStore) -> tuple[list[d
     began = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="isoloss-") as scratch,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=take_gpu, initargs=(turn, gpus())) as pool,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker, initargs=(turn, gpus())) as pool,
     ):
         running = {
             pool.submit(run_unit, unit, Path(scratch) / str(index)): index
@@ -225,6 +226,17 @@ def gpus() -> tuple[str, ...]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
+
+
+def begin_worker(turn: Any, names: tuple[str, ...]) -> None:
+    """In a worker of the pool: it ends with the command, which may be killed, and would else work on for nobody."""
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
+    take_gpu(turn, names)
+
+
+def _end_with_the_command() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def take_gpu(turn: Any, names: tuple[str, ...]) -> None:

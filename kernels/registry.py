@@ -45,6 +45,11 @@ def is_negative(name: str) -> bool:
     return importlib.util.find_spec(f"{NEGATIVE}.{name}") is not None
 
 
+def module_of(name: str) -> str:
+    """The dotted name of the folder of the optimization `name`."""
+    return f"{NEGATIVE if is_negative(name) else 'kernels'}.{name}"
+
+
 def select(names: Iterable[str]) -> list[Optimization]:
     """The named optimizations, sorted. Raises UserError for an unknown name or two that conflict."""
     known, chosen = discover(), []

@@ -9,6 +9,7 @@ from typing import Literal
 
 from bench.ceilings import Ceilings
 from kernels.contract import Op, Workload
+from kernels.registry import module_of
 
 Kind = Literal["matrix", "attention", "recurrence", "elementwise"]
 Phase = Literal["forward", "recompute", "backward", "update"]
@@ -72,8 +73,8 @@ class Part:
 def op_of(name: str, workload: Workload, lengths: tuple[int, ...]) -> Op:
     """The op of the optimization `name` for a workload of documents of these lengths."""
     if name in BY_DOCUMENTS:
-        return getattr(importlib.import_module(f"kernels.{name}.op"), BY_DOCUMENTS[name])((workload, lengths))
-    return importlib.import_module(f"kernels.{name}").OPTIMIZATION.op
+        return getattr(importlib.import_module(f"{module_of(name)}.op"), BY_DOCUMENTS[name])((workload, lengths))
+    return importlib.import_module(module_of(name)).OPTIMIZATION.op
 
 
 def op_work(name: str, shape: Mapping[str, int], dtype: str, lengths: tuple[int, ...] = ()) -> Work:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.silu_mul.kernel import DTYPES, INTERPRETED, _sigmoid_and_silu
 from kernels.silu_mul.kernel import _backward as silu_mul_backward
-from kernels.sm121a_matmul.kernel import block_of
+from negative_results.sm121a_matmul.kernel import block_of
 
 # Two fp32 accumulators of 128 x 64 take what one of 128 x 128 takes; two of those spill registers on every kind of GPU.
 # Three stages of a tile of x and two of weights are 96 KiB of shared memory in bf16, which a block just has on sm_120.

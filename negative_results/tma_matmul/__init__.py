@@ -4,7 +4,7 @@ Nothing here imports triton: a box without a GPU sets TRITON_INTERPRET first, an
 """
 
 from kernels.contract import Exactness, Optimization, Workload
-from kernels.sm121a_matmul.op import FULL, matmul_op
+from negative_results.sm121a_matmul.op import FULL, matmul_op
 
 from . import patch
 

@@ -7,7 +7,7 @@ sm_80 has no TMA, and the folder does not run there; one case shows what Triton 
 from __future__ import annotations
 
 from kernels.cross_compile import CompileCase, Expected, Instruction
-from kernels.sm121a_matmul.tile import FP32_TILE, GROUP_M, Tile
+from negative_results.sm121a_matmul.tile import FP32_TILE, GROUP_M, Tile
 
 from . import kernel
 from .tile import TILES

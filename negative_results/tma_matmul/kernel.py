@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sm121a_matmul.kernel import INTERPRETED, block_of, fitting, on_device_of, refuse_other
-from kernels.sm121a_matmul.tile import GROUP_M, Tile
+from negative_results.sm121a_matmul.kernel import INTERPRETED, block_of, fitting, on_device_of, refuse_other
+from negative_results.sm121a_matmul.tile import GROUP_M, Tile
 
 from .tile import TILES, begins_aligned, takes
 

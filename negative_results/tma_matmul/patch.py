@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kernels.contract import Needs
-from kernels.sm121a_matmul import patch
-from kernels.sm121a_matmul.dispatch import Engine
-from kernels.sm121a_matmul.tile import Tile
+from negative_results.sm121a_matmul import patch
+from negative_results.sm121a_matmul.dispatch import Engine
+from negative_results.sm121a_matmul.tile import Tile
 
 from .tile import TILES, takes
 
@@ -35,10 +35,10 @@ ENGINE = Engine(
 
 
 def eligible(run: Run) -> str | None:
-    """As `kernels.sm121a_matmul.patch.eligible`, by this folder's table."""
+    """As `negative_results.sm121a_matmul.patch.eligible`, by this folder's table."""
     return patch.eligible(run, ENGINE)
 
 
 def apply(run: Run) -> None:
-    """As `kernels.sm121a_matmul.patch.apply`, by this folder's table."""
+    """As `negative_results.sm121a_matmul.patch.apply`, by this folder's table."""
     patch.apply(run, ENGINE)

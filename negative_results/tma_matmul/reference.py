@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kernels.sm121a_matmul.reference import linear_reference
+from negative_results.sm121a_matmul.reference import linear_reference
 
 __all__ = ["linear_reference"]

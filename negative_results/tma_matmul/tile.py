@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.sm121a_matmul.tile import Tile
+from negative_results.sm121a_matmul.tile import Tile
 
 # What the tuner chooses from. With bf16 each fits the 101,376 bytes of shared memory that a block has on GB10 and spills
 # nowhere. Beside the buffers of the loads there is one for the block of C on its way out, 32 KB for 128 x 128, which is why

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from kernels.sm121a_matmul import tune
 from loop.cli import guarded
+from negative_results.sm121a_matmul import tune
 
 from .patch import ENGINE
 
 
 def main(argv: list[str] | None = None) -> int:
-    """As `kernels.sm121a_matmul.tune.main`."""
+    """As `negative_results.sm121a_matmul.tune.main`."""
     return tune.main(argv, ENGINE)
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from kernels.sm121a_matmul.kernel import block_of
+from negative_results.sm121a_matmul.kernel import block_of
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3

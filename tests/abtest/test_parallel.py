@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from unittest.mock import MagicMock
@@ -455,3 +457,21 @@ def test_workers_share_gpus_by_turns(monkeypatch):
     assert seen == ["2", "5", "2", "5", "2"]
     sensitivity.take_gpu(turn, ("7",))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+POOL = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from abtest import sensitivity
+context = multiprocessing.get_context("spawn")
+pool = ProcessPoolExecutor(1, mp_context=context, initializer=sensitivity.begin_worker, initargs=(context.Value("i", 0), ()))
+print(pool.submit(os.getpid).result(), flush=True)
+pool.submit(time.sleep, 100).result()
+"""
+
+
+def test_workers_end_with_a_command_that_was_killed(gone):
+    with subprocess.Popen([sys.executable, "-c", POOL], cwd=sensitivity.ROOT, stdout=subprocess.PIPE, text=True) as command:
+        worker = int(command.stdout.readline())
+        command.kill()
+    assert gone(worker, 20)

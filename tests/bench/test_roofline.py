@@ -17,6 +17,7 @@ from bench.roofline.setting import Setting, check
 from bench.roofline.shape import TINY_VOCABULARY, shape_of
 from bench.roofline.step import floor_us, step_of, trained_numbers
 from kernels.contract import Workload
+from kernels.registry import module_of
 from loop.config import Config, DataConfig, LoraConfig
 from loop.errors import UserError
 from loop.shapes import SHAPES, is_tiny
@@ -126,9 +127,9 @@ def test_forward_and_backward_of_a_part_are_its_op(method, name, case):
     parts = [part for part in step_of(setting).micro_step if part.name == name]
     assert [part.phase for part in parts] == ["forward", "backward"] and parts[0].ops[0] == optimization
     workload = Workload("roofline", shape | {"trained": int(method == "full")}, "bfloat16")
-    op = importlib.import_module(f"kernels.{optimization}").OPTIMIZATION.op
+    op = importlib.import_module(module_of(optimization)).OPTIMIZATION.op
     if optimization in BY_DOCUMENTS:
-        make = getattr(importlib.import_module(f"kernels.{optimization}.op"), BY_DOCUMENTS[optimization])
+        make = getattr(importlib.import_module(f"{module_of(optimization)}.op"), BY_DOCUMENTS[optimization])
         op = make((workload, (256,) * 6))
     assert sum(part.work.bytes for part in parts) == op.bytes_moved(workload)
     assert sum(part.work.flops for part in parts) == op.flops(workload)

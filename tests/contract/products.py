@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.sm121a_matmul.tile import Tile
+from negative_results.sm121a_matmul.tile import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = Tile(16, 32, 16, warps=4, stages=2)  # many blocks of a small matrix

@@ -13,14 +13,14 @@ from abtest.opcheck import check_op
 from abtest.oracle import worst_error
 from abtest.quantity import same_bits
 from kernels.contract import Workload
-from kernels.decay_gates import OPTIMIZATION
-from kernels.decay_gates.kernel import BLOCK, decay_gates
-from kernels.decay_gates.patch import FusedDecayGates, apply, eligible, gated_layers
-from kernels.decay_gates.reference import decay_gates_reference
 from loop.config import Config, DataConfig, LoraConfig
 from loop.delta_net import DecayGates, PackedDeltaNet
 from loop.run import Run
 from loop.training import build
+from negative_results.decay_gates import OPTIMIZATION
+from negative_results.decay_gates.kernel import BLOCK, decay_gates
+from negative_results.decay_gates.patch import FusedDecayGates, apply, eligible, gated_layers
+from negative_results.decay_gates.reference import decay_gates_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -11,10 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.fp8_mma import OPTIMIZATION, patch
-from kernels.fp8_mma.kernel import Fp8Linear, fp8_linear, quantise_weight
-from kernels.fp8_mma.quantise import quantise_rows
-from kernels.fp8_mma.reference import FLOOR, decode, product_reference, quantise_rows_reference
 from kernels.registry import refusal, select
 from loop import lora
 from loop.batch import IGNORE, PackedBatch
@@ -24,6 +20,10 @@ from loop.model import cross_entropy_head, load_model, plain_micro_step, trainab
 from loop.optim import MasterAdamW
 from loop.run import Run
 from loop.training import accumulate
+from negative_results.fp8_mma import OPTIMIZATION, patch
+from negative_results.fp8_mma.kernel import Fp8Linear, fp8_linear, quantise_weight
+from negative_results.fp8_mma.quantise import quantise_rows
+from negative_results.fp8_mma.reference import FLOOR, decode, product_reference, quantise_rows_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDES = pytest.mark.parametrize("quantise", [quantise_rows_reference, quantise_rows], ids=["reference", "kernel"])

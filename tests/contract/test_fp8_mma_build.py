@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.cross_compile.run import compile_cases
-from kernels.fp8_mma import mma
+from negative_results.fp8_mma import mma
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,8 @@ def test_a_build_that_fails_is_a_reason(monkeypatch):
 
 
 def test_importing_it_builds_and_loads_nothing():
-    code = "import sys, kernels.fp8_mma; print(sorted({'triton', 'peft', 'torch.utils.cpp_extension'} & set(sys.modules)))"
+    unwanted = {"triton", "peft", "torch.utils.cpp_extension"}
+    code = f"import sys, negative_results.fp8_mma; print(sorted({unwanted} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "[]\n"
 
@@ -68,7 +69,7 @@ def test_ada_has_e4m3_products_too_and_adds_their_sums_in_fp32(tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed here")
     from bench.cross_compile import binary, compilers
-    from kernels.fp8_mma.cross_compile import CASES, RING, STEPS
+    from negative_results.fp8_mma.cross_compile import CASES, RING, STEPS
 
     case = next(case for case in CASES if case.name.startswith("product, bf16"))
     code = compilers.with_nvcc(case, "sm_89", tmp_path)

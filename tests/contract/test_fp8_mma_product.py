@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.fp8_mma import mma
-from kernels.fp8_mma.kernel import product, quantised, scaled_mm_product, uses_mma
-from kernels.fp8_mma.mma import FLAGS, SOURCE, blocks_for, check_sizes, mma_product, target_of, unavailable
-from kernels.fp8_mma.reference import E4M3, decode, exact_sums, product_reference, quantise_rows_reference
+from negative_results.fp8_mma import mma
+from negative_results.fp8_mma.kernel import product, quantised, scaled_mm_product, uses_mma
+from negative_results.fp8_mma.mma import FLAGS, SOURCE, blocks_for, check_sizes, mma_product, target_of, unavailable
+from negative_results.fp8_mma.reference import E4M3, decode, exact_sums, product_reference, quantise_rows_reference
 
 HOST = Path(__file__).with_name("fp8_mma_host")
 MMA_K = 32  # of one instruction

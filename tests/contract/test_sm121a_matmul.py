@@ -19,16 +19,16 @@ from products import DEVICE, SMALL, assert_is_product, normal
 from torch import Tensor, nn
 
 from kernels.registry import select
-from kernels.sm121a_matmul import OPTIMIZATION, op, table, tune
-from kernels.sm121a_matmul.dispatch import DispatchedLinear, Engine, linear
-from kernels.sm121a_matmul.kernel import matmul
-from kernels.sm121a_matmul.patch import ENGINE, apply, eligible, plain_linears
-from kernels.sm121a_matmul.table import Entry, bucket, device_key
-from kernels.sm121a_matmul.tile import TILES, Tile
 from loop import lora
 from loop.config import Config, DataConfig, LoraConfig
 from loop.errors import UserError
 from loop.model import load_model
+from negative_results.sm121a_matmul import OPTIMIZATION, op, table, tune
+from negative_results.sm121a_matmul.dispatch import DispatchedLinear, Engine, linear
+from negative_results.sm121a_matmul.kernel import matmul
+from negative_results.sm121a_matmul.patch import ENGINE, apply, eligible, plain_linears
+from negative_results.sm121a_matmul.table import Entry, bucket, device_key
+from negative_results.sm121a_matmul.tile import TILES, Tile
 
 VOCABULARY = 128
 ENTRY = Entry(device_key(DEVICE), "float32", "y", 64, 384, 128, SMALL, True, 1.2, 1.1, 1.3, 48, "torch 2.11, Triton 3.7.1")
@@ -328,7 +328,7 @@ def test_refuses_with_the_reason(tmp_path, monkeypatch):
     engine, _ = engine_with(tmp_path / "kernels" / "sm121a_matmul")
     reason = eligible(run, engine)
     assert reason.startswith(f"no shape of this model has a measured win on this device ({device_key(DEVICE)}, 48 rows)")
-    assert "python -m kernels.sm121a_matmul.tune" in reason
+    assert "python -m negative_results.sm121a_matmul.tune" in reason
     with pytest.raises(ValueError, match=r"has no nn\.Linear with a measured win"):
         apply(run, engine)
     elsewhere, _ = engine_with(tmp_path, dataclasses.replace(ENTRY, device="NVIDIA GB10, sm_121"))
@@ -415,7 +415,7 @@ def test_the_tuner_measures_what_a_layer_has_in_memory(product, strides):
     [([], "torch sees no CUDA device"), (["--pairs", "1"], "--pairs 1: at least")],
     ids=["no GPU", "pairs"],
 )
-@pytest.mark.parametrize("folder", ["kernels.sm121a_matmul", "negative_results.tma_matmul"])
+@pytest.mark.parametrize("folder", ["negative_results.sm121a_matmul", "negative_results.tma_matmul"])
 def test_the_command_says_in_one_line_what_it_needs(folder, arguments, said):
     words = [sys.executable, "-m", f"{folder}.tune", *arguments]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parents[2])

@@ -15,14 +15,14 @@ from products import DEVICE, SMALL, assert_is_product, normal
 from torch import Tensor
 
 from kernels.registry import select
-from kernels.sm121a_matmul import table
-from kernels.sm121a_matmul.dispatch import DispatchedLinear, linear
-from kernels.sm121a_matmul.patch import plain_linears
-from kernels.sm121a_matmul.table import Entry, device_key
 from loop import lora
 from loop.config import Config, DataConfig, LoraConfig
 from loop.errors import UserError
 from loop.model import load_model
+from negative_results.sm121a_matmul import table
+from negative_results.sm121a_matmul.dispatch import DispatchedLinear, linear
+from negative_results.sm121a_matmul.patch import plain_linears
+from negative_results.sm121a_matmul.table import Entry, device_key
 from negative_results.tma_matmul import OPTIMIZATION, kernel, patch
 from negative_results.tma_matmul.kernel import PROGRAMS_INTERPRETED, matmul
 from negative_results.tma_matmul.patch import ENGINE, apply, eligible

@@ -1,4 +1,4 @@
-// Stand-ins for kernels/fp8_mma/primitives.cuh on a CPU, by the PTX ISA's words on fragments, ldmatrix and cp.async: a
+// Stand-ins for negative_results/fp8_mma/primitives.cuh on a CPU, by the PTX ISA's words on fragments, ldmatrix and cp.async: a
 // thread for each of a block's threads. A copy is made as late as its wait allows, so a wait that comes too late, or a stage
 // that is overwritten too early, shows in the result; a read beyond a matrix ends the program.
 #pragma once

@@ -1,4 +1,4 @@
-"""`python -m kernels.sm121a_matmul.tune`: measures every tile beside cuBLAS on a model's products, and writes the table.
+"""`python -m negative_results.sm121a_matmul.tune`: each tile beside cuBLAS on a model's products; writes the table.
 
 The tiles take turns with cuBLAS, with a cold L2. The one with the best median is then measured again, in pairs with cuBLAS:
 of many tiles the luckiest looks faster than it is. `python -m negative_results.tma_matmul.tune` does it for its tiles.
@@ -39,7 +39,7 @@ Sample = Callable[[Call], float]  # microseconds of one call
 
 @dataclass(frozen=True)
 class Command:
-    """Flags of `python -m kernels.sm121a_matmul.tune`."""
+    """Flags of `python -m negative_results.sm121a_matmul.tune`."""
 
     model: str = "qwen3.5-2b"  # whose linear layers are measured: a folder, a hub id or a named shape
     method: Literal["lora", "full"] = "lora"  # full: the products of the weights' gradients, too

@@ -1,7 +1,7 @@
 // C [M, N] = A [M, K] B [N, K]^T * scale_a [M] * scale_b [N]; A and B are e4m3 with contiguous K, a multiple of 16.
 //
 // A block of eight warps makes one tile of C. Tiles of A and B come through a ring of shared memory with cp.async, fragments
-// with ldmatrix, products with mma.sync m16n8k32. Sizes come from kernels/fp8_mma/mma.py, as macros.
+// with ldmatrix, products with mma.sync m16n8k32. Sizes come from negative_results/fp8_mma/mma.py, as macros.
 
 #include <cstdint>
 
