@@ -178,8 +178,8 @@ def test_each_tile_is_gated_and_the_op_calls_the_kernel_without_a_table():
 def test_the_table_that_ships_is_read_and_written_alike(tmp_path):
     shipped = table.load(ENGINE.table)
     assert [entry for entry in shipped if entry.tile not in TILES] == []
-    table.save(tmp_path / "kernels" / "sm121a_matmul" / "table.toml", shipped)
-    assert (tmp_path / "kernels" / "sm121a_matmul" / "table.toml").read_bytes() == ENGINE.table.read_bytes()
+    table.save(tmp_path / "negative_results" / "sm121a_matmul" / "table.toml", shipped)
+    assert (tmp_path / "negative_results" / "sm121a_matmul" / "table.toml").read_bytes() == ENGINE.table.read_bytes()
 
 
 def test_a_new_measurement_takes_the_place_of_an_old_one(tmp_path):
@@ -325,7 +325,7 @@ def test_what_is_watched_or_has_a_bias_stays_as_it_is():
 
 def test_refuses_with_the_reason(tmp_path, monkeypatch):
     run = run_of("lora")
-    engine, _ = engine_with(tmp_path / "kernels" / "sm121a_matmul")
+    engine, _ = engine_with(tmp_path / "negative_results" / "sm121a_matmul")
     reason = eligible(run, engine)
     assert reason.startswith(f"no shape of this model has a measured win on this device ({device_key(DEVICE)}, 48 rows)")
     assert "python -m negative_results.sm121a_matmul.tune" in reason
