@@ -78,7 +78,7 @@ def gradient_checks(state: str, c: Comparison) -> list[Check]:
         few = Check(f"{prefix}gradient error ratio, worst small tensor", c.few, limit, c.few <= limit, c.few_name, 2, state)
         checks.append(few)
     if not overfit:
-        checks.append(Check("gradient error ratio, worst row", c.row, ROW, c.row <= ROW, c.row_name, 2, state))
+        checks.append(Check("gradient error ratio, worst row", c.row, ROW, c.row <= ROW, c.row_words, 2, state))
         checks.append(Check("gradient scale error", c.alpha, ALPHA, c.alpha <= ALPHA, c.alpha_name, 2, state))
     return checks
 

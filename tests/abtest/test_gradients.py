@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -83,6 +84,36 @@ def test_one_wrong_row_of_128_shows_as_a_row_alone(truth):
         batch["layers.0.up.weight"][17] *= 1.25
     found = judged(candidate, truth)
     assert failing(found) == {"gradient error ratio, worst row"} and found.row_name == "layers.0.up.weight"
+    assert re.fullmatch(
+        r"layers\.0\.up\.weight, row 17: error 1\d, the reference's (0\.9|1)\S*, gradient (0\.9|1)\S* times the mean row's",
+        found.row_words,
+    )
+
+
+def test_the_words_of_a_row_tell_a_small_error_of_the_reference_from_a_large_one_of_the_candidate(truth):
+    """The reference happens to hit row 5 at every batch; the candidate is off there by as much as anywhere."""
+    name, reference = "layers.1.up.weight", noisy(truth, 1)
+    for batch, exact in zip(reference, truth, strict=True):
+        batch[name][5] = exact[name][5]
+    found = judged(noisy(truth, 2), truth, reference)
+    assert found.row_name == name and not failing(found)
+    assert re.search(r"row 5: error (0\.[89]|1)\S*, the reference's 0, gradient", found.row_words)
+
+
+@pytest.mark.parametrize(("factor", "caught"), [(1.0, False), (1.25, True), (0.0, True)])
+def test_a_row_of_large_gradients_that_the_reference_happens_to_hit(truth, factor, caught):
+    """Errors go with gradients: ten times the gradient has ten times the error, and is no garbage for that."""
+    name = "layers.1.up.weight"
+    tenfold = torch.ones(128, 1, dtype=torch.float64)
+    tenfold[9] = 10
+    truth = [batch | {name: batch[name] * tenfold} for batch in truth]
+    reference, candidate = noisy(truth, 1), noisy(truth, 2)
+    for own, other, exact in zip(reference, candidate, truth, strict=True):
+        own[name][9] = exact[name][9] * 1.001
+        other[name][9] *= factor
+    found = judged(candidate, truth, reference)
+    assert ("gradient error ratio, worst row" in failing(found)) == caught
+    assert not caught or found.row_words.startswith(f"{name}, row 9: ")
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e4])
@@ -267,6 +298,7 @@ def test_sums_are_what_they_say(truth):
     errors = [(c[name] - t[name]).square() for c, t in zip(candidate, truth, strict=True)]
     assert found.error[name] == pytest.approx([float(e.sum()) for e in errors])
     assert found.norm[name] == pytest.approx([float(t[name].square().sum()) for t in truth])
-    torch.testing.assert_close(found.rows[name], sum(e.sum(1) for e in errors))
-    assert found.rows["norm.weight"].shape == (1,)
+    norms = sum(t[name].square().sum(1) for t in truth)
+    torch.testing.assert_close(found.rows[name], torch.stack([sum(e.sum(1) for e in errors), norms]))
+    assert found.rows["norm.weight"].shape == (2, 1)
     assert found.elements == BATCHES * (2 * 128 * 32 + 96)
