@@ -69,16 +69,19 @@ def gradient_checks(state: str, c: Comparison) -> list[Check]:
     overfit = state == OVERFIT
     prefix = "overfit " if overfit else ""
     rho, geomean = (RHO_OVERFIT, GEOMEAN_OVERFIT) if overfit else (RHO, GEOMEAN)
+    worst = c.words.get("rho", c.rho_name)
     checks = [
-        Check(f"{prefix}gradient error ratio, worst parameter", c.rho, rho, c.rho <= rho, c.rho_name, 2, state),
+        Check(f"{prefix}gradient error ratio, worst parameter", c.rho, rho, c.rho <= rho, worst, 2, state),
         Check(f"{prefix}gradient error ratio, geometric mean", c.geomean, geomean, c.geomean <= geomean, "", 2, state),
     ]
     if c.few_name:
-        limit = RHO_FEW_OVERFIT if overfit else RHO_FEW
-        few = Check(f"{prefix}gradient error ratio, worst small tensor", c.few, limit, c.few <= limit, c.few_name, 2, state)
-        checks.append(few)
+        limit, worst = RHO_FEW_OVERFIT if overfit else RHO_FEW, c.words.get("few", c.few_name)
+        checks.append(
+            Check(f"{prefix}gradient error ratio, worst small tensor", c.few, limit, c.few <= limit, worst, 2, state)
+        )
     if not overfit:
-        checks.append(Check("gradient error ratio, worst row", c.row, ROW, c.row <= ROW, c.row_words, 2, state))
+        worst = c.words.get("row", c.row_name)
+        checks.append(Check("gradient error ratio, worst row", c.row, ROW, c.row <= ROW, worst, 2, state))
         checks.append(Check("gradient scale error", c.alpha, ALPHA, c.alpha <= ALPHA, c.alpha_name, 2, state))
     return checks
 

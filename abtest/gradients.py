@@ -119,11 +119,12 @@ class Comparison:
     """A candidate's gradient errors beside the reference's, over the probe batches of one state.
 
     rho: error ratio of the worst parameter; few: of the worst one that has less than `SMALL` elements in all layers
-    together; geomean over parameters; row: error ratio of the worst row, row_words: which one, and whether an error of the
-    candidate's or a small one of the reference's makes it so; alpha: largest significant difference of the projection on the
-    oracle, of those that lead away from it; reference_error: the reference's relative error, root mean square over batches,
-    median over parameters.
+    together; geomean over parameters; row: error ratio of the worst row; alpha: largest significant difference of the
+    projection on the oracle, of those that lead away from it; reference_error: the reference's relative error, root mean
+    square over batches, median over parameters.
     share: of the parameters, how many have an oracle gradient that is not zero; the others can show nothing.
+    words: by "rho", "few" and "row", what was worst and by how much either arm is off there: a ratio alone does not tell an
+    error of the candidate's from a reference that happens to have next to none.
     """
 
     rho: float
@@ -137,7 +138,7 @@ class Comparison:
     share: float
     few: float = 1.0
     few_name: str = ""
-    row_words: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 def pooled(sizes: Mapping[str, int]) -> dict[str, list[str]]:
@@ -151,13 +152,14 @@ def pooled(sizes: Mapping[str, int]) -> dict[str, list[str]]:
 def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]) -> Comparison:
     """Both arms against the same oracle batches. `sizes` gives each parameter's number of elements."""
     groups = pooled({name: sizes[name] for name in reference.error})
-    ratios, errors = {}, []
+    ratios, errors, off = {}, [], {}
     for key, names in groups.items():
         own, other, norms = (_per_batch(part, names) for part in (reference.error, candidate.error, reference.norm))
         if not any(norms + own + other):
             continue  # exactly zero, such as A's while B is zero
         if any(norms):
             errors.append(math.sqrt(_relative(own, norms) / len(norms)))
+            off[key] = (math.sqrt(_relative(other, norms) / len(norms)), errors[-1])
         ratios[key] = _ratio(own, other, norms)
     alphas = {key: _alpha(reference, candidate, groups[key]) for key in ratios}
     ratios_of_rows = {name: _row_ratios(own, candidate.rows[name]) for name, own in reference.rows.items()}
@@ -177,7 +179,8 @@ def compare(reference: Distances, candidate: Distances, sizes: Mapping[str, int]
         share=len(errors) / max(len(groups), 1),
         few=few.get(few_name, 1.0),
         few_name=few_name,
-        row_words=_words(row_name, ratios_of_rows, reference, candidate),
+        words={"rho": _off(rho_name, off), "few": _off(few_name, off)}
+        | _of_row(row_name, ratios_of_rows, reference, candidate),
     )
 
 
@@ -237,16 +240,23 @@ def _row_ratios(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tenso
     return ((other + floor) / (own + floor)).nan_to_num(nan=1.0 if not other.isnan().any() else math.inf)
 
 
-def _words(name: str, ratios: Mapping[str, torch.Tensor], reference: Distances, candidate: Distances) -> str:
-    """Of the row with the largest ratio: both arms' errors and its gradient, over the reference's mean row (RMS)."""
+def _off(name: str, errors: Mapping[str, tuple[float, float]]) -> str:
+    """errors: by name the candidate's relative error and the reference's, root mean square over batches."""
+    if name not in errors:
+        return name
+    candidate, reference = (f"{100 * error:.2g} %" for error in errors[name])
+    return f"{name}: off by {candidate} of the gradient, the reference by {reference}"
+
+
+def _of_row(name: str, ratios: Mapping[str, torch.Tensor], reference: Distances, candidate: Distances) -> dict[str, str]:
+    """The row with the largest ratio: both arms' errors and its gradient, over the reference's mean row (RMS)."""
     if name not in ratios:
-        return ""
+        return {}
     row = int(ratios[name].argmax())
     (own, norm), other = reference.rows[name], candidate.rows[name][0]
-    error, reference_s = _over(other[row], own.mean()), _over(own[row], own.mean())
-    gradient = _over(norm[row], norm.mean())
-    return f"{name}, row {row}: error {error}, the reference's {reference_s}, gradient {gradient} times the mean row's"
+    error, beside, gradient = _over(other[row], own), _over(own[row], own), _over(norm[row], norm)
+    return {"row": f"{name}, row {row}: error {error}, the reference's {beside}, gradient {gradient} times the mean row's"}
 
 
-def _over(square: torch.Tensor, mean: torch.Tensor) -> str:
-    return f"{math.sqrt(float(square / mean)):.2g}" if mean > 0 else "?"
+def _over(square: torch.Tensor, rows: torch.Tensor) -> str:
+    return f"{math.sqrt(float(square / rows.mean())):.2g}" if rows.mean() > 0 else "?"

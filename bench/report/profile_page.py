@@ -138,7 +138,6 @@ def _bar(one: Profiled) -> Bar:
 def _setting(stem: str, sets: Sequence[Profiled], figures: set[str]) -> list[str]:
     newest = sets[-1].record
     device = any(one.on_device for one in sets)
-    counted = dict.fromkeys(one.record.result["memory"]["counted_by"] for one in sets)
     return [
         f"### {markdown.trained(newest.result['recipe'], {}) or NOTHING}",
         f"![time by group]({stem}.png)",
@@ -147,7 +146,7 @@ def _setting(stem: str, sets: Sequence[Profiled], figures: set[str]) -> list[str
         _by_group(sets),
         BY_KERNELS if device else BY_OPERATORS,
         _by_owner(sets),
-        *(MEMORY[name] for name in counted if name in MEMORY),
+        *_of_memory(sets),
         *(part for one in sets for part in _details(stem, one, figures)),
         "#### Where it comes from",
         _sources(sets),
@@ -195,6 +194,15 @@ def _share(seconds: float | None, whole: float) -> str:
 def _by_owner(sets: Sequence[Profiled]) -> str:
     rows = [(words, *(memory(one.record.result["memory"][owner]) for one in sets)) for owner, words in WORDS.items()]
     return table(("memory", *(prose(one.name) for one in sets)), rows, numeric=range(1, len(sets) + 1))
+
+
+def _of_memory(sets: Sequence[Profiled]) -> list[str]:
+    """How memory was counted; where that differs, in which sets."""
+    names: dict[str, list[str]] = {}
+    for one in sets:
+        names.setdefault(one.record.result["memory"]["counted_by"], []).append(f"`{one.name}`")
+    known = [(MEMORY[name], own) for name, own in names.items() if name in MEMORY]
+    return [words if len(names) == 1 else f"{', '.join(own)}: {words}" for words, own in known]
 
 
 def _details(stem: str, one: Profiled, figures: set[str]) -> list[str]:

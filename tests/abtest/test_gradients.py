@@ -78,6 +78,20 @@ def test_a_scale_error_of_one_percent_in_one_projection_shows_as_alpha_alone(tru
     assert failing(found) == {"gradient scale error"}
 
 
+@pytest.mark.parametrize(("reference", "candidate"), [(NOISE, 4 * NOISE), (NOISE / 4, NOISE)])
+def test_the_words_of_a_parameter_say_how_far_off_either_arm_is(truth, reference, candidate):
+    """The ratio is 4 in both."""
+    name = "layers.1.up.weight"
+    own, other = noisy(truth, 1), noisy(truth, 2)
+    for mine, theirs, fine, coarse in zip(own, other, noisy(truth, 1, reference), noisy(truth, 2, candidate), strict=True):
+        mine[name], theirs[name] = fine[name], coarse[name]
+    found = judged(other, truth, own)
+    (check,) = [check for check in gradient_checks("x", found) if check.name == "gradient error ratio, worst parameter"]
+    assert found.rho == pytest.approx(4, rel=0.1) and not check.passed
+    percent = re.fullmatch(rf"{re.escape(name)}: off by (\S+) % of the gradient, the reference by (\S+) %", check.detail)
+    assert [float(part) for part in percent.groups()] == pytest.approx([100 * candidate, 100 * reference], rel=0.1)
+
+
 def test_one_wrong_row_of_128_shows_as_a_row_alone(truth):
     candidate = noisy(truth, 2)
     for batch in candidate:
@@ -86,7 +100,7 @@ def test_one_wrong_row_of_128_shows_as_a_row_alone(truth):
     assert failing(found) == {"gradient error ratio, worst row"} and found.row_name == "layers.0.up.weight"
     assert re.fullmatch(
         r"layers\.0\.up\.weight, row 17: error 1\d, the reference's (0\.9|1)\S*, gradient (0\.9|1)\S* times the mean row's",
-        found.row_words,
+        found.words["row"],
     )
 
 
@@ -97,7 +111,7 @@ def test_the_words_of_a_row_tell_a_small_error_of_the_reference_from_a_large_one
         batch[name][5] = exact[name][5]
     found = judged(noisy(truth, 2), truth, reference)
     assert found.row_name == name and not failing(found)
-    assert re.search(r"row 5: error (0\.[89]|1)\S*, the reference's 0, gradient", found.row_words)
+    assert re.search(r"row 5: error (0\.[89]|1)\S*, the reference's 0, gradient", found.words["row"])
 
 
 @pytest.mark.parametrize(("factor", "caught"), [(1.0, False), (1.25, True), (0.0, True)])
@@ -113,7 +127,7 @@ def test_a_row_of_large_gradients_that_the_reference_happens_to_hit(truth, facto
         other[name][9] *= factor
     found = judged(candidate, truth, reference)
     assert ("gradient error ratio, worst row" in failing(found)) == caught
-    assert not caught or found.row_words.startswith(f"{name}, row 9: ")
+    assert not caught or found.words["row"].startswith(f"{name}, row 9: ")
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e4])

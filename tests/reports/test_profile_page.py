@@ -100,6 +100,17 @@ def test_it_says_whether_a_peak_counts_what_graphs_hold(tmp_path):
     assert "pools of graphs included" in newer and "in the last row alone" not in newer
 
 
+def test_where_peaks_are_counted_in_two_ways_it_says_which_set_s_in_which(tmp_path):
+    newer = result("silu_mul", memory=MEMORY | {"counted_by": COUNTED})
+    text = rendered(tmp_path, record(result()), record(result("rms_norm", "silu_mul"), 1), record(newer, 2))
+    (old,) = (line for line in text.splitlines() if "the last row alone" in line)
+    (new,) = (line for line in text.splitlines() if "pools of graphs" in line)
+    assert old.startswith("`stock`, `rms_norm + silu_mul`: Weights, moments")
+    assert new.startswith("`silu_mul`: Weights, moments")
+    alike = rendered(tmp_path / "alike", record(result()), record(result("rms_norm"), 1))
+    assert any(line.startswith("Weights, moments") for line in alike.splitlines()) and "`stock`: Weights" not in alike
+
+
 def test_details_of_a_set(tmp_path):
     text = rendered(tmp_path, record(result("rms_norm", refused={"fp8_mma": "needs capability 12.0 to 12.1"})))
     assert "On: `rms_norm`. Not enabled: `fp8_mma`: needs capability 12.0 to 12.1." in text
