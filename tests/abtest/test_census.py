@@ -123,12 +123,13 @@ def test_small_tensors_of_one_name_are_pooled_and_larger_ones_are_not():
     assert pooled(sizes) == together | {name: [name] for name in ("layers.0.b", "layers.1.b", "norm")}
 
 
-def worst_row(*candidate: float) -> float:
-    """The worst row's ratio beside a reference with no error in one row of two, and a mean square of one."""
+def worst_row(*candidate: float, gradients: tuple[float, float] = (1.0, 1.0)) -> float:
+    """The worst row's ratio beside a reference with no error in one row of two, and a mean square of one. gradients: of
+    both rows, squared."""
 
     def side(*rows: float) -> Distances:
         sums = {"p": [sum(rows)]}
-        return Distances(sums, sums, sums, {"p": torch.tensor(rows, dtype=torch.float64)})
+        return Distances(sums, sums, sums, {"p": torch.tensor([rows, gradients], dtype=torch.float64)})
 
     return compare(side(0.0, 2.0), side(*candidate), {"p": 64}).row
 
@@ -139,6 +140,17 @@ def test_a_row_without_error_allows_what_its_floor_allows():
     assert worst_row(floor * (ROW**2 - 1), 2.0) == pytest.approx(ROW)
     assert worst_row(0.0, 4.0) == pytest.approx(math.sqrt((4 + floor) / (2 + floor)))
     assert not worst_row(math.nan, 2.0) <= ROW and not worst_row(math.inf, 2.0) <= ROW
+
+
+@pytest.mark.parametrize(("square", "times"), [(1.8, 1.8), (0.2, 1.0), (0.0, 1.0), (2.0, 2.0)])
+def test_a_row_s_floor_grows_with_its_gradient_and_does_not_shrink_with_it(square, times):
+    """square: its gradient's, over the mean row's."""
+    floor = times * ROW_FLOOR**2
+    assert worst_row(floor * (ROW**2 - 1), 2.0, gradients=(square, 2.0 - square)) == pytest.approx(ROW)
+
+
+def test_where_there_is_no_gradient_at_all_a_row_s_floor_is_what_it_was():
+    assert worst_row(ROW_FLOOR**2 * (ROW**2 - 1), 2.0, gradients=(0.0, 0.0)) == pytest.approx(ROW)
 
 
 # Proof that a candidate ran
