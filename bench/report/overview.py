@@ -41,7 +41,8 @@ LEGEND = """\
 - **ROUNDING**: the same function in another order of operations; inside the noise floor of the reference itself.
 - **APPROX**, **FAILED**, **INVALID**, **NOT_RUN**: not lossless, or not shown to be. Such an arm is never timed.
 - The speed ratio is the reference's time over the arm's, timed in turn; in brackets its 95 % interval.
-- An optimization ships if it is lossless and the whole interval is above 1 and above the reference's ratio to itself."""
+- An optimization ships if it is lossless and the whole interval is above 1 and above all that the interval of the
+  reference beside itself reaches."""
 BUT_PEERS = " A peer is all the same: it never ships, and has to be beaten whatever it does."
 COLUMNS = """\
 - Decided by: the gate's check that came closest to its limit, or failed by most; each arm's page has them all.

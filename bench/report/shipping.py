@@ -17,7 +17,8 @@ The file is TOML. Top-level keys:
 `enable` is what was gated and timed *together*: the fastest lossless combination whose gain is real, or the fastest single
 optimization. The answer of `bench.search` goes before all that was measured earlier in its run, since it was timed in turn
 with sets of that, where ratios to stock of several commands drift apart. A gain is real when the whole 95 % interval of the
-speed ratio lies above 1, and above what the reference timed against itself reaches anywhere in the same run. What lies in
+speed ratio lies above 1, and above the whole interval of the reference timed against itself anywhere in the same run: equal
+arms of one machine can come out that far apart, and their median is near 1 by luck as often as not. What lies in
 `negative_results/` never ships, whatever it measures. Nor does what was let through as a whole, but whose op was not by the
 microbenchmark's op check: that one sees values that a model's own weights may not lead to.
 """
@@ -149,11 +150,11 @@ def _bad_op(record: Record) -> str | None:
 
 
 def timing_floor(run: Sequence[Record]) -> float:
-    """What a ratio's lower end must exceed: 1, or how far from 1 equal arms came out at worst in any of its commands."""
+    """What a ratio's lower end must exceed: 1, or how far from 1 equal arms' interval reaches in any command."""
     floor = 1.0
     for record in run:
         if record.role == "repeat" and record.perf is not None:
-            floor = max(floor, record.perf.ratio, 1.0 / record.perf.ratio)
+            floor = max(floor, record.perf.ratio_high, 1.0 / record.perf.ratio_low)
     return floor
 
 
