@@ -30,6 +30,9 @@ from kernels.contract import Exactness
 from loop.config import Config
 
 RESYNC_BYTES = 8 << 30  # a larger optimizer state is not handed from arm to arm, and several fill a GPU: arms take turns
+# So many times its optimizer's state an arm of that size may take while it is gated: weights, gradients, a second copy of
+# either, and a head over two rows. Seen at 2B in full fine-tuning, two packs of 5376: 57 GiB beside a state of 21.
+STATES_AN_ARM = 3
 UNCHECKPOINTED = "keep_activations"
 # A candidate with one of these takes several times the reference's memory, and replicas leave it theirs.
 HUNGRY = {UNCHECKPOINTED, "cuda_graphs"}
@@ -106,7 +109,8 @@ class Experiment(Questions, Replicas):
         self.states = states.names(settings.steps)
         self.weights = {state: str(folder / f"state-{index}.safetensors") for index, state in enumerate(self.states)}
         self.resync: dict[str, str] = {}
-        self.crowded = False  # whether every arm's optimizer is so large that only one arm may be at work
+        self.crowded = False  # whether every arm's optimizer is so large that only one may be at work beside the reference
+        self.abreast = settings.parallel  # candidates that may be at work at the same time; where crowded, without it
         self.hungry = False  # whether the arm that is gated beside the reference takes much memory
         self.spares: deque[Arm] = deque()
         self.waiting = Waiting()
@@ -191,12 +195,13 @@ class Experiment(Questions, Replicas):
     def _step(self, arm: str, phase: str) -> Callable[[int, int], None]:
         return lambda done, total: self.on_progress(arm, phase, done, total)
 
-    def _together(self, *tasks: Callable[[], Any]) -> list[Any]:
-        """Runs tasks that need different arms, as many at a time as settings and memory allow. What failed first is raised:
-        an arm that ends takes others with it, whose complaint would name the wrong one."""
-        if self.settings.parallel == 1 or self.crowded:
+    def _together(self, *tasks: Callable[[], Any], lanes: int | None = None) -> list[Any]:
+        """Runs tasks that need different arms, as many at a time as settings and memory allow, or `lanes`. What failed first
+        is raised: an arm that ends takes others with it, whose complaint would name the wrong one."""
+        lanes = lanes or (1 if self.crowded else self.settings.parallel)
+        if lanes == 1:
             return [task() for task in tasks]
-        with ThreadPoolExecutor(self.settings.parallel) as pool:
+        with ThreadPoolExecutor(lanes) as pool:
             futures = [pool.submit(task) for task in tasks]
             for future in as_completed(futures):
                 future.result()
@@ -214,6 +219,7 @@ class Experiment(Questions, Replicas):
         build, exact, again = self._together(reference.build, self.truths.build, self.repeat_arm.build)
         _same_start(build, exact, "the oracle")
         self.crowded = build["state_bytes"] > RESYNC_BYTES
+        self.abreast = self._abreast(build)
         if not self.crowded:
             self.resync = {
                 str(s): str(self.folder / f"resync-{s}.safetensors") for s in states.resync_steps(self.settings.steps)
@@ -231,6 +237,12 @@ class Experiment(Questions, Replicas):
         self.reference = dataclasses.replace(reference, gradients=gradients)
         self.sigma = noise_floor(self.reference.losses, [self.kicked[seed] for seed in sorted(self.kicked)])
         self.seconds["prepare"] = time.monotonic() - began
+
+    def _abreast(self, build: dict) -> int:
+        """How many candidates the device holds at the same time, the reference resting where arms are large."""
+        if not self.crowded:
+            return self.settings.parallel
+        return min(self.settings.parallel, max(1, build["device_bytes"] // (STATES_AN_ARM * build["state_bytes"])))
 
     def _repeat(self, build: dict, timed: bool) -> dict[str, dict]:
         """The reference's second process: the run once more, and the reference's gradients. Those take as long as all else
@@ -322,9 +334,14 @@ class Experiment(Questions, Replicas):
         return Candidate(arm, verdict, evidence, compared, rows)
 
     def collect(self, specs: Sequence[ArmSpec]) -> None:
-        """The evidence of several arms, gathered side by side, for `gate_arm` to judge. As many are expected next."""
+        """The evidence of several arms, gathered side by side, for `gate_arm` to judge; of no more than memory allows, and
+        that one collects the others. As many are expected next."""
+        specs = specs[: self.abreast] if self.crowded else specs
+        if len(specs) == 1:  # alone it may as well have its turn
+            return
         self.ahead = max(self.ahead, len(specs))
-        self._together(*(lambda spec=spec: self._collect_early(spec) for spec in specs))
+        with self.without_reference():
+            self._together(*(lambda spec=spec: self._collect_early(spec) for spec in specs), lanes=self.abreast)
 
     def _collect_early(self, spec: ArmSpec, traced: bool = False) -> None:
         self.early[spec] = self._collect(spec, traced)

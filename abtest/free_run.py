@@ -133,3 +133,8 @@ def initial_file(held: Held, run: Run, folder: Path) -> str:
 def state_bytes(run: Run) -> int:
     """What `save_state` would write: three fp32 tensors a parameter."""
     return sum(3 * 4 * master.numel() for master in run.optimizer.masters.values())
+
+
+def device_bytes(device: torch.device) -> int:
+    """The memory of a GPU; 0 for a CPU, whose memory is not its own."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0

@@ -25,7 +25,7 @@ from abtest.arm import OUT_OF_MEMORY
 from abtest.catalogue import find
 from abtest.census import model_flops
 from abtest.examiner import Examiner, plain
-from abtest.free_run import free_run, save_state, state_bytes
+from abtest.free_run import device_bytes, free_run, save_state, state_bytes
 from abtest.gradients import Distances
 from abtest.oracle import exact_gradients, keeping, make_exact, packing_error, recurrence_error
 from abtest.oracle_cache import OracleCache
@@ -110,6 +110,7 @@ class Worker(Examiner, Stopwatch):
             "data": self.dataset.statistics() | {"content_hash": self.dataset.content_hash},
             "flops": model_flops(self.run),
             "state_bytes": state_bytes(self.run),
+            "device_bytes": device_bytes(self.run.device),
         }
         # Two models may share weights and differ in a scale, a window or the release that computes them.
         settings = self.run.model.config.to_json_string(use_diff=False) + repr(self.config.lora)

@@ -257,19 +257,21 @@ class Bench:
 
 
 def goes_beside(plan: ArmPlan, command: Command) -> bool:
-    """Whether the arm may be gated while the reference, or another arm, is at work. Not where memory is scarce: in full
-    fine-tuning every arm has fp32 weights and moments of its own, and what recomputes nothing keeps most of all. A peer
-    takes what memory it takes."""
+    """Whether the arm may be gated while the reference, or another arm, is at work. Not what recomputes nothing, which keeps
+    most of all, and a peer takes what memory it takes. In full fine-tuning every arm has fp32 weights and moments of its
+    own; the experiment knows how many of those fit, and whether the reference has to rest meanwhile."""
     keeps_all = UNCHECKPOINTED in plan.optimizations or (
         command.gradient_checkpointing and not plan.config.gradient_checkpointing
     )
-    fits = command.method == "lora" and not keeps_all and plan.role != "peer"
+    fits = not keeps_all and plan.role != "peer"
     return command.gate.parallel > 1 and fits and plan.missing is None and not plan.own_stock
 
 
 def side_by_side(command: Command) -> int:
-    """How many arms are gated at the same time: their host is what the time goes to, not the device."""
-    return max(command.gate.parallel // 2, 1)
+    """How many arms are gated at the same time: their host is what the time goes to, not the device. In full fine-tuning
+    two, since those that are through keep their weights and moments until each was timed."""
+    most = max(command.gate.parallel // 2, 1)
+    return most if command.method == "lora" else min(most, 2)
 
 
 def _now() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import CONFIG, tiny
 from abtest import fingerprint as fp
 from abtest import free_run as module
 from abtest.catalogue.patching import around_micro_step, swap_optimizer
-from abtest.free_run import KEYS, free_run, save_state, state_bytes, step_batches
+from abtest.free_run import KEYS, device_bytes, free_run, save_state, state_bytes, step_batches
 from abtest.perturb import Start
 from abtest.states import resync_steps
 from loop.optim import learning_rate
@@ -265,3 +266,8 @@ def test_replays_are_no_longer_counted_after_an_error(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="out of graphs"):
         free_run(*started(), 1, silent, before_step=fails)
     assert FakeGraph.replay is original
+
+
+def test_the_memory_of_a_device_is_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1 << 30))
+    assert device_bytes(torch.device("cuda")) == 1 << 30 and device_bytes(torch.device("cpu")) == 0

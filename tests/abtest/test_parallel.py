@@ -53,7 +53,7 @@ def experiment(tmp_path, settings):
         yield made
 
 
-BUILT: dict = {"weights": "a", "frozen": "b", "state_bytes": 0, "refused": {}}
+BUILT: dict = {"weights": "a", "frozen": "b", "state_bytes": 0, "device_bytes": 0, "refused": {}}
 
 
 @pytest.fixture
@@ -199,6 +199,89 @@ def test_where_optimizers_are_large_arms_take_turns(unmanned, monkeypatch):
     BUILT["state_bytes"] = experiment_module.RESYNC_BYTES
     unmanned.prepare(FIRST)
     assert not unmanned.crowded and unmanned.resync and len(most) == 10 and max(most) > 1
+
+
+H200, STATE = 140 << 30, 21 << 30  # and what full fine-tuning holds at 2B
+
+
+@pytest.mark.parametrize(
+    ("parallel", "state", "device", "abreast"),
+    [
+        (4, 1 << 30, 0, 4),  # small: as many as settings say, whatever the device
+        (4, STATE, H200, 2),
+        (1, STATE, H200, 1),
+        (4, STATE, H200 // 2, 1),  # one is always tried
+        (4, STATE, 0, 1),  # a CPU's memory is not its own
+        (9, STATE // 2, H200, 4),
+        (4, 0, 0, 4),  # nothing trains
+    ],
+)
+def test_as_many_large_arms_are_abreast_as_the_device_holds(unmanned, parallel, state, device, abreast):
+    unmanned.settings = dataclasses.replace(unmanned.settings, parallel=parallel)
+    unmanned.crowded = state > experiment_module.RESYNC_BYTES
+    assert unmanned._abreast({"state_bytes": state, "device_bytes": device}) == abreast
+
+
+def at_once(unmanned, monkeypatch, count: int) -> tuple[list[str], int]:
+    """Which of `count` arms are collected together, with what the reference is asked for, and how many at a time."""
+    done, active, most = [], [], [0]
+
+    def collect(spec: ArmSpec) -> None:
+        active.append(spec)
+        most[0] = max(most[0], len(active))
+        time.sleep(0.05)
+        active.remove(spec)
+        done.append(spec.name)
+
+    monkeypatch.setattr(unmanned, "_collect_early", collect)
+    monkeypatch.setattr(unmanned, "reference_arm", MagicMock(call=done.append))
+    unmanned.collect([ArmSpec(f"arm {n}", CONFIG) for n in range(count)])
+    return done, most[0]
+
+
+def test_large_arms_are_collected_side_by_side_while_the_reference_rests(unmanned, monkeypatch):
+    unmanned.crowded, unmanned.abreast = True, 2
+    done, most = at_once(unmanned, monkeypatch, 3)
+    assert (done[0], sorted(done[1:-1]), done[-1], most) == ("rest", ["arm 0", "arm 1"], "resume", 2)
+
+
+def test_large_arms_gated_side_by_side_get_verdicts_and_can_be_timed(experiment, monkeypatch):
+    """In real processes, as if their optimizers were large."""
+    monkeypatch.setattr(experiment_module, "RESYNC_BYTES", 0)
+    experiment.prepare(timed=False)
+    assert experiment.crowded and experiment.abreast == 1, "a CPU has no memory of its own"
+    experiment.abreast = 2
+    specs = [FIRST, ArmSpec("static_lora", CONFIG, ("static_lora",))]
+    experiment.collect(specs)
+    assert set(experiment.early) == set(specs)
+    for spec in specs:
+        candidate = experiment.gate_arm(spec, Exactness.BITWISE)
+        with candidate.arm:
+            assert candidate.verdict.level is Level.BITWISE, candidate.verdict.reason
+            for arm in (experiment.reference_arm, candidate.arm):
+                arm.call("prepare_timing", micro_batches=1, warmup=1)
+                assert arm.call("time_block")["seconds"] > 0
+
+
+def test_where_one_large_arm_fits_nothing_is_collected_ahead_of_its_turn(unmanned, monkeypatch):
+    unmanned.crowded, unmanned.abreast = True, 1
+    assert at_once(unmanned, monkeypatch, 2) == ([], 0)
+
+
+def test_small_arms_are_collected_beside_the_reference(unmanned, monkeypatch):
+    done, most = at_once(unmanned, monkeypatch, 3)
+    assert sorted(done) == ["arm 0", "arm 1", "arm 2"] and most == 3
+
+
+def test_large_arms_that_end_side_by_side_leave_the_reference_at_work(unmanned, monkeypatch):
+    """Whatever ended them: it is timed beside the next."""
+    asked: list[str] = []
+    unmanned.crowded, unmanned.abreast = True, 2
+    monkeypatch.setattr(unmanned, "_collect_early", MagicMock(side_effect=ArmFailed("ended")))
+    monkeypatch.setattr(unmanned, "reference_arm", MagicMock(call=asked.append))
+    with pytest.raises(ArmFailed, match="ended"):
+        unmanned.collect([FIRST, ArmSpec("another", CONFIG)])
+    assert asked == ["rest", "resume"]
 
 
 @pytest.mark.parametrize("through", [(), ("exact_through",), ("reference_through",), ("exact_through", "reference_through")])

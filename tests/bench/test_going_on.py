@@ -236,6 +236,15 @@ def test_arms_are_gated_two_at_a_time_behind_the_first(world):
     assert {record.arm for record in world.records("r")} == {"stock", "stock_again", *arms}
 
 
+def test_in_full_fine_tuning_no_more_than_two_are_gated_together(world):
+    arms = ["rms_norm", "silu_mul", "packed_attention", "supervised_logits", "rope_qk_norm"]
+    world("--run", "r", "--arms", *arms, "--gate.parallel", "8", "--no-combine", "--method", "full")
+    assert world.together == [arms[1:3], arms[3:]]
+    world.together.clear()
+    world("--run", "s", "--arms", *arms, "--gate.parallel", "8", "--no-combine")
+    assert world.together == [arms[1:]]
+
+
 def test_an_arm_that_ends_beside_another_is_tried_again_alone(world, monkeypatch):
     ended = []
 
@@ -504,9 +513,8 @@ def test_the_first_arm_that_may_goes_beside_the_reference(world):
     assert world("--arms", *arms, "--gate.parallel", "4") == ["static_lora", "keep_activations", "packing", "combination"]
     world("--arms", "static_lora", "--gate.parallel", "4")
     assert world.first == "static_lora"
-    for flags in (("--gate.parallel", "1"), ("--gate.parallel", "4", "--method", "full")):
-        world("--arms", "static_lora", *flags)
-        assert world.first is None, flags
+    world("--arms", "static_lora", "--gate.parallel", "1")
+    assert world.first is None
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
