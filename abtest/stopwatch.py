@@ -1,4 +1,4 @@
-"""Timing one arm: seconds for blocks of micro-steps, memory, launches. The clock on the other side takes arms in turn."""
+"""Timing one arm: micro-steps, updates, memory, launches. The clock on the other side takes arms in turn."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Stopwatch:
 
     run: Run
     dataset: Dataset
+    loaded: str | None  # the state whose weights the run has
 
     def prepare_timing(self, micro_batches: int, warmup: int) -> dict:
         """Puts the micro-batches on the device and warms up; peak memory counts from here.
@@ -66,6 +67,35 @@ class Stopwatch:
         else:
             peak, launches, names = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None, {}
         return {"peak_memory_bytes": peak, "launches": launches, "kernels": names}
+
+    def prepare_updates(self) -> dict:
+        """Keeps the gradients of one micro-step, from which every timed update is made, and makes one for warming up."""
+        self.run.optimizer.zero_grad()
+        self.run.micro_step(self.run, self.batches[0], self.batches[0].supervised_tokens)
+        self.kept = [(master, master.grad) for master in self.run.optimizer.masters.values() if master.grad is not None]
+        self.time_update()
+        return {}
+
+    def time_update(self) -> dict:
+        """Seconds for one update of the weights: clipping, AdamW, and rounding the masters into what computes.
+
+        At the rate of the first step, which is the warm-up's least; the weights are no longer those of a state.
+        """
+        self.loaded = None
+        for master, gradient in self.kept:
+            master.grad = gradient
+        self._synchronize()
+        began = time.perf_counter()
+        self.run.optimizer.step(0)
+        self._synchronize()
+        return {"seconds": time.perf_counter() - began}
+
+    def finish_updates(self) -> dict:
+        """Lets go of the gradients."""
+        self.kept = []
+        if self.run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {}
 
 
 def staying_memory(device: torch.device) -> int:

@@ -322,7 +322,8 @@ class Worker(Examiner, Stopwatch):
 COMMANDS = (
     "ahead", "build", "remember", "replica", "free_run", "save_weights", "overfit", "oracle", "gradients", "distances",
     "structure", "update", "work", "tripwire", "trace", "autotuned", "op_checks",
-    "prepare_timing", "time_block", "finish_timing", "give_back", "rest", "resume",
+    "prepare_timing", "time_block", "finish_timing", "prepare_updates", "time_update", "finish_updates",
+    "give_back", "rest", "resume",
 )  # fmt: skip
 
 

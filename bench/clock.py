@@ -29,6 +29,7 @@ class TimingConfig:
     width: float = 0.03
 
 
+UPDATES = 12  # pairs of samples of an update, which takes milliseconds
 RACE = 3  # times as many blocks for two that are both fast: they take no longer than those beside stock
 Ratio = tuple[float, float, float]  # and the ends of its 95 % interval
 
@@ -45,13 +46,16 @@ class Lap:
     failed: str | None = None
 
 
-def time_arms(reference: Arm, candidate: Arm, settings: TimingConfig, matmul_rate: float, on_progress: OnProgress) -> Perf:
+def time_arms(
+    reference: Arm, candidate: Arm, settings: TimingConfig, matmul_rate: float, on_progress: OnProgress, updates: bool = True
+) -> Perf:
     """Perf of `candidate` with its ratio to `reference`. Both have passed their gate and hold their runs.
 
-    matmul_rate: the measured matrix-product rate of the device, FLOP/s.
+    matmul_rate: the measured matrix-product rate of the device, FLOP/s. updates: the candidate's are its own, and timed.
     """
     totals, _, other, ratio = _in_turn(reference, candidate, settings, on_progress)
-    return _perf(candidate, totals, other, ratio, settings, matmul_rate)
+    perf = _perf(candidate, totals, other, ratio, settings, matmul_rate)
+    return _with_updates(perf, reference, candidate)[1] if updates else perf
 
 
 def time_equals(
@@ -59,10 +63,24 @@ def time_equals(
 ) -> tuple[Perf, Perf]:
     """The reference and its second process in turn: Perf of the first, whose ratio is 1 by definition, and of the second."""
     totals, one, other, ratio = _in_turn(reference, repeat, settings, on_progress)
-    return (
-        _perf(reference, totals, one, (1.0, 1.0, 1.0), settings, matmul_rate),
-        _perf(repeat, totals, other, ratio, settings, matmul_rate),
-    )
+    first = _perf(reference, totals, one, (1.0, 1.0, 1.0), settings, matmul_rate)
+    milliseconds, again = _with_updates(_perf(repeat, totals, other, ratio, settings, matmul_rate), reference, repeat)
+    return replace(first, update_ms=milliseconds, update_ratio=1.0, update_ratio_low=1.0, update_ratio_high=1.0), again
+
+
+def _with_updates(perf: Perf, reference: Arm, candidate: Arm) -> tuple[float, Perf]:
+    """The reference's update in ms, and the candidate's `perf` with what its own takes, both timed in turn."""
+    pair, seconds = (reference, candidate), ([], [])
+    for arm in pair:
+        arm.call("prepare_updates")
+    for turn in range(UPDATES):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            seconds[side].append(pair[side].call("time_update")["seconds"])
+    for arm in pair:
+        arm.call("finish_updates")
+    before, after = (1e3 * statistics.median(own) for own in seconds)
+    ratio, low, high = ratio_interval(*map(np.array, seconds))
+    return before, replace(perf, update_ms=after, update_ratio=ratio, update_ratio_low=low, update_ratio_high=high)
 
 
 def race(peer: Arm, other: Arm, record: Record, settings: TimingConfig) -> Race:

@@ -35,7 +35,9 @@ class Perf:
 
     The three throughputs are medians, per second. ratio is the reference's time over this arm's (above 1 is faster), the
     median of the paired blocks; ratio_low and ratio_high bound its 95 % interval. micro_step_ms is the median time of
-    one micro-step. mfu is model FLOPs over the measured matrix rate, None where none was measured.
+    one micro-step. mfu is model FLOPs over the measured matrix rate, None where none was measured. update_ms is the median
+    time of an update of the weights, which no other number here holds; update_ratio is the reference's over it, as ratio is.
+    Peers have none, since their updates are the loop's, nor have older records.
     """
 
     positions_per_s: float
@@ -49,6 +51,10 @@ class Perf:
     peak_memory_bytes: int | None = None
     mfu: float | None = None
     launches: int | None = None  # device kernels a micro-step
+    update_ms: float | None = None
+    update_ratio: float | None = None
+    update_ratio_low: float | None = None
+    update_ratio_high: float | None = None
 
 
 @dataclass(frozen=True)

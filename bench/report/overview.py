@@ -32,6 +32,7 @@ from bench.report.text import (
     shell,
     table,
     timed_all_the_same,
+    update,
 )
 from loop.config import DataConfig, LoraConfig
 
@@ -239,31 +240,38 @@ def _words(record: Record, setting: Setting) -> str:
 
 
 def _throughput(setting: Setting) -> str:
+    timed = [record for record in setting.current if record.perf is not None]
+    updates = any(record.perf.update_ms is not None for record in timed)
     header = (
-        "arm", "**real tokens/s**", "positions/s", "supervised tokens/s", "micro-step", "peak memory", "MFU", "launches",
+        "arm", "**real tokens/s**", "positions/s", "supervised tokens/s", "micro-step", *(["update"] if updates else []),
+        "peak memory", "MFU", "launches",
     )  # fmt: skip
-    rows = [
-        (
-            link(record.arm) + (f" ({record.role}, {record.verdict.level.value})" if timed_all_the_same(record) else ""),
-            f"**{per_second(perf.real_tokens_per_s)}**",
-            per_second(perf.positions_per_s),
-            per_second(perf.supervised_tokens_per_s),
-            f"{number(perf.micro_step_ms, 4)} ms",
-            memory(perf.peak_memory_bytes),
-            percent(perf.mfu),
-            NOTHING if perf.launches is None else f"{perf.launches:,}",
-        )
-        for record in setting.current
-        if (perf := record.perf) is not None
-    ]
     untimed = [
         f"- {link(record.arm)}: {why_untimed(record)}"
         for record in setting.current
         if record.perf is None and record.verdict.level.lossless
     ]
-    parts = [table(header, rows, numeric=range(1, 8)) if rows else "", "\n".join(untimed)]
+    rows = [_speed(record, updates) for record in timed]
+    parts = [table(header, rows, numeric=range(1, len(header))) if rows else "", "\n".join(untimed)]
     note = "Real tokens leave out padding; MFU is of the measured matrix rate; launches are device kernels a micro-step."
+    if updates:
+        note += " A step has one update of the weights, which no other column holds: timed by itself, in turn with stock's."
     return "\n\n".join(part for part in (*parts, note if rows else "") if part)
+
+
+def _speed(record: Record, updates: bool) -> tuple[str, ...]:
+    perf = record.perf
+    return (
+        link(record.arm) + (f" ({record.role}, {record.verdict.level.value})" if timed_all_the_same(record) else ""),
+        f"**{per_second(perf.real_tokens_per_s)}**",
+        per_second(perf.positions_per_s),
+        per_second(perf.supervised_tokens_per_s),
+        f"{number(perf.micro_step_ms, 4)} ms",
+        *([update(perf, record.role != "reference")] if updates else []),
+        memory(perf.peak_memory_bytes),
+        percent(perf.mfu),
+        NOTHING if perf.launches is None else f"{perf.launches:,}",
+    )
 
 
 def _counts(setting: Setting) -> str:

@@ -24,6 +24,7 @@ from bench.report.text import (
     shell,
     table,
     timed_all_the_same,
+    update,
 )
 
 PEER_TIME = (
@@ -136,6 +137,7 @@ def speed(record: Record, stock: Record | None = None) -> str:
         ("positions/s", per_second(perf.positions_per_s)),
         ("supervised tokens/s", per_second(perf.supervised_tokens_per_s)),
         ("micro-step", f"{number(perf.micro_step_ms, 4)} ms"),
+        *([] if perf.update_ms is None else [("update of the weights", update(perf, record.role != "reference"))]),
         ("peak memory", memory(perf.peak_memory_bytes)),
         ("MFU, of the measured matrix rate", percent(perf.mfu)),
         ("kernel launches a micro-step", _launches(record, stock)),

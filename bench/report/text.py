@@ -29,13 +29,25 @@ from bench.records import Perf, Record
 __all__ = [
     "MARK", "NOTHING", "RESERVED", "code", "dtype", "facts", "launches_saved", "link", "memory", "names", "number",
     "one_line", "page_name", "per_second", "percent", "prose", "ratio", "scalar", "setting_words", "shell", "sound",
-    "table", "timed_all_the_same",
+    "table", "timed_all_the_same", "update",
 ]  # fmt: skip
 
 
 def ratio(perf: Perf) -> str:
     """1.23x [1.21, 1.25], with as many decimals as it takes to tell the three numbers from 1 (four at most)."""
-    values = (perf.ratio, perf.ratio_low, perf.ratio_high)
+    return _interval(perf.ratio, perf.ratio_low, perf.ratio_high)
+
+
+def update(perf: Perf, compared: bool) -> str:
+    """What an update of the weights takes, and, if compared, how many times as long the reference's does."""
+    if perf.update_ms is None:
+        return NOTHING
+    values = (perf.update_ratio, perf.update_ratio_low, perf.update_ratio_high)
+    known = compared and None not in values
+    return f"{number(perf.update_ms, 3)} ms" + (f", {_interval(*values)}" if known else "")
+
+
+def _interval(*values: float) -> str:
     distance = min((abs(value - 1) for value in values if math.isfinite(value) and value != 1), default=1.0)
     decimals = min(4, max(2, math.ceil(-math.log10(distance))))
     middle, low, high = (f"{value:.{decimals}f}" for value in values)

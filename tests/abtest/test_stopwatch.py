@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import CONFIG
 
 from abtest import stopwatch
 from abtest.stopwatch import Stopwatch
+from loop.model import trainable
+from loop.training import build
 
 CUDA = SimpleNamespace(type="cuda")
 
@@ -40,3 +44,31 @@ def test_peak_memory_counts_what_graphs_hold_but_not_what_is_cached(reserved, ex
     watch.run = SimpleNamespace(device=CUDA, optimizer=optimizer, micro_step=lambda run, batch, tokens: calls.append(tokens))
     assert watch.finish_timing() == {"peak_memory_bytes": expected, "launches": 7, "kernels": {"kernel": 7}}
     assert calls == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("enable", [(), ("static_lora",)])
+def test_an_update_is_made_of_a_micro_step_s_gradients_time_and_again(dtype, enable):
+    watch = Stopwatch()
+    watch.run, watch.dataset = build(dataclasses.replace(CONFIG, dtype=dtype), enable)
+    watch.loaded = "a state"
+    optimizer = watch.run.optimizer
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in trainable(watch.run.model).items()}
+
+    def counts() -> set[float]:
+        return {float(own["step"]) for own in optimizer.adamw.state.values()}
+
+    watch.prepare_timing(1, 1)
+    before = weights()
+    assert not counts() and watch.prepare_updates() == {} and counts() == {1}, "it warms up"
+    gradients = [gradient for _, gradient in watch.kept]
+    assert any(gradient.abs().sum() > 0 for gradient in gradients)
+    for turn in (2, 3):
+        assert watch.time_update()["seconds"] > 0 and counts() == {turn}
+    after = weights()
+    assert any(not torch.equal(before[name], after[name]) for name in before) and watch.loaded is None
+    assert watch.finish_updates() == {} and not watch.kept
+    assert all(gradient is None for gradient in optimizer.gradients().values())
+    assert watch.time_block()["seconds"] > 0

@@ -16,15 +16,22 @@ from bench.records import Race
 class TimedArm:
     """Answers as an arm's process does: blocks take `seconds`, over and over. log: who was asked, in order."""
 
-    def __init__(self, name: str, seconds, log: list[str] | None = None, fails_at: int | None = None) -> None:
+    def __init__(
+        self, name: str, seconds, log: list[str] | None = None, fails_at: int | None = None, update: float = 1.0
+    ) -> None:
+        self.update = update
         self.spec, self.built = SimpleNamespace(name=name), {"flops": 2.0}
         self.seconds, self.log, self.fails_at, self.blocks = itertools.cycle(seconds), log, fails_at, 0
         self.others: list[str] = []
 
     def call(self, command: str, **arguments):
+        if command == "time_update":
+            if self.log is not None:
+                self.log.append(f"{self.spec.name} updates")
+            return {"seconds": self.update}
         if command != "time_block":
             self.others.append(command)
-        if command == "give_back":
+        if command in ("give_back", "prepare_updates", "finish_updates"):
             return {}
         if command == "prepare_timing":
             return {"positions": 512, "real_tokens": 500, "supervised_tokens": 200}
@@ -48,7 +55,8 @@ def noisy(scale: float):
 
 def test_a_quiet_host_needs_no_more_blocks_than_are_asked_for():
     log: list[str] = []
-    perf = time_arms(TimedArm("stock", [2.0], log), TimedArm("arm", [1.0], log), TimingConfig(4, 2, 1, 40), 1e3, silent)
+    arms = TimedArm("stock", [2.0], log), TimedArm("arm", [1.0], log)
+    perf = time_arms(*arms, TimingConfig(4, 2, 1, 40), 1e3, silent, updates=False)
     assert perf.blocks == 4 and log == ["stock", "arm", "arm", "stock"] * 2  # by turns, and who begins by turns
     assert (perf.ratio, perf.ratio_low, perf.ratio_high) == (2.0, 2.0, 2.0)
     assert perf.real_tokens_per_s == 500 and perf.micro_step_ms == 500 and perf.mfu == pytest.approx(512 * 2 / 1e3)
@@ -57,7 +65,28 @@ def test_a_quiet_host_needs_no_more_blocks_than_are_asked_for():
 def test_who_waits_for_the_next_gives_back_what_it_worked_in():
     stock, arm = (TimedArm(name, [1.0]) for name in ("stock", "arm"))
     time_arms(stock, arm, TimingConfig(2, 1), 1e3, silent)
-    assert stock.others == ["prepare_timing", "give_back"] and arm.others == ["prepare_timing", "finish_timing"]
+    updates = ["prepare_updates", "finish_updates"]
+    assert stock.others == ["prepare_timing", "give_back", *updates]
+    assert arm.others == ["prepare_timing", "finish_timing", *updates], "peak memory is that of micro-steps"
+
+
+def test_updates_are_timed_in_turn_and_by_themselves():
+    log: list[str] = []
+    stock, arm = TimedArm("stock", [2.0], log, update=0.006), TimedArm("arm", [1.0], log, update=0.002)
+    perf = time_arms(stock, arm, TimingConfig(2, 1), 1e3, silent)
+    assert log[4:] == ["stock updates", "arm updates", "arm updates", "stock updates"] * 6
+    assert perf.update_ms == 2.0 and perf.ratio == 2.0
+    assert (perf.update_ratio, perf.update_ratio_low, perf.update_ratio_high) == pytest.approx((3, 3, 3))
+
+
+def test_updates_of_equal_arms_and_of_none():
+    first, again = time_equals(
+        TimedArm("stock", [1.0], update=0.006), TimedArm("again", [1.0], update=0.005), TimingConfig(2, 1), 1e3, silent
+    )
+    assert (first.update_ms, first.update_ratio, again.update_ms, again.update_ratio) == pytest.approx((6, 1, 5, 1.2))
+    peer = TimedArm("peer", [1.0])
+    assert time_arms(TimedArm("stock", [1.0]), peer, TimingConfig(2, 1), 1e3, silent, updates=False).update_ms is None
+    assert "prepare_updates" not in peer.others
 
 
 @pytest.mark.parametrize("first", [True, False])

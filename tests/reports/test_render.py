@@ -281,3 +281,25 @@ def test_two_devices_share_an_index(tmp_path):
         ["Example GPU X1", trained, "silu_mul + static_lora", "1.23x [1.21, 1.25]"],
         ["Other GPU", trained.replace("bfloat16", "auto"), "nothing: see the report", "–"],
     ]
+
+
+def test_updates_have_a_column_where_one_was_timed(tmp_path):
+    def page(reports: Path, *found: records.Record) -> tuple[list[str], dict[str, list[str]]]:
+        render(write(reports, list(found)), reports)
+        rows = next(t for t in tables((reports / SLUG / "README.md").read_text()) if "MFU" in t[0])
+        return rows[0], {row[0]: row for row in rows[1:]}
+
+    timed = {"update_ms": 1.3, "update_ratio": 5.8, "update_ratio_low": 5.7, "update_ratio_high": 5.9}
+    stock = synthetic.reference()
+    own = dataclasses.replace(stock.perf, update_ms=7.6, update_ratio=1.0, update_ratio_low=1.0, update_ratio_high=1.0)
+    arms = [
+        synthetic.record(name, Level.ROUNDING, perf=synthetic.perf(1.5, **more)) for name, more in (("a", timed), ("b", {}))
+    ]
+    one, other = tmp_path / "one", tmp_path / "other"
+    header, rows = page(one, dataclasses.replace(stock, perf=own), *arms)
+    place = header.index("update")
+    assert [rows[name][place] for name in ("stock", "a", "b")] == ["7.6 ms", "1.3 ms, 5.80x [5.70, 5.90]", "–"]
+    assert "5.80x [5.70, 5.90]" in (one / SLUG / "a.md").read_text()
+    assert "update of the weights |" not in (one / SLUG / "b.md").read_text()
+    header, _ = page(other, stock, arms[1])
+    assert "update" not in header and "timed by itself" not in (other / SLUG / "README.md").read_text()
