@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from abtest.figures import ALARM, DIGEST, GOOD, is_ours, label, png, same_image
 from abtest.report import loss
 from abtest.report.loss import LossCurve
-from bench import records
 from bench.records import Record
 from bench.report import text
 
@@ -32,8 +31,8 @@ NOTES = {"peer": "  (peer)", "negative": "  (negative result)", "repeat": "  (th
 def loss_plot(record: Record, device: str) -> bytes:
     """Loss of reference and candidate by step, and below it their difference beside the noise floor, as a PNG."""
     curve = LossCurve(record.arm, record.losses, record.reference_losses, record.noise_sigma)
-    shown = ["loss", device, records.to_json(record)]
-    return loss.loss_plot(curve, record.verdict.level.value, device, record.run_id, shown)
+    level = record.verdict.level.value
+    return loss.loss_plot(curve, level, device, record.run_id, ["loss", device, record.run_id, level, repr(curve)])
 
 
 def ratio_plot(current: Sequence[Record], shipped: Record | None, device: str) -> bytes:
@@ -47,7 +46,13 @@ def ratio_plot(current: Sequence[Record], shipped: Record | None, device: str) -
         axes.set_xlabel("time of the reference / time of the arm (higher is faster)")
 
     name = "" if shipped is None else shipped.arm
-    return png(draw, (8.0, 1.7 + 0.42 * len(timed)), ["ratio", device, name, *map(records.to_json, current)])
+    return png(draw, (8.0, 1.7 + 0.42 * len(timed)), ["ratio", device, name, *map(_bar, timed)])
+
+
+def _bar(record: Record) -> str:
+    """All that a bar shows: what else a record holds, or comes to hold, draws no other picture."""
+    perf = record.perf
+    return repr((record.arm, record.role, record.verdict.level.value, perf.ratio, perf.ratio_low, perf.ratio_high))
 
 
 def _speed(record: Record) -> float:

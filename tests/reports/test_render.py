@@ -191,6 +191,16 @@ def test_a_plot_of_other_numbers_is_another_plot():
     assert not plots.same_image(one, plots.loss_plot(nearly, "device"))
 
 
+def test_what_a_plot_does_not_show_draws_no_other_one():
+    """A record may come to hold more, or be of another command: a picture of the same numbers stays as it is."""
+    arm = synthetic.record("a", Level.ROUNDING, perf=synthetic.perf(1.5))
+    more = dataclasses.replace(arm, command="another", perf=dataclasses.replace(arm.perf, update_ms=1.0))
+    wider = dataclasses.replace(arm, perf=dataclasses.replace(arm.perf, ratio_high=1.6))
+    assert plots.loss_plot(arm, "device") == plots.loss_plot(more, "device")
+    one, same, other = (plots.ratio_plot([synthetic.reference(), record], record, "device") for record in (arm, more, wider))
+    assert plots.same_image(one, same) and not plots.same_image(one, other)
+
+
 def test_the_same_pixels_compressed_otherwise_are_the_same_plot():
     one = plots.loss_plot(synthetic.record(), "device")
     assert plots.same_image(one, saved_again(one)) and saved_again(one) != one
