@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from loop.errors import UserError
 from loop.recipe import load_recipe
 
 RECIPES = Path(__file__).parent / "recipes"
+# Where a machine keeps things, which changes no result: no part of a record.
+MACHINE_PATHS = ("--reports", "--output", "--units", "--gate.oracle-cache", "--data.cache-dir")
 
 
 def default_for(arguments: list[str], command: Any) -> Any:
@@ -21,6 +25,18 @@ def default_for(arguments: list[str], command: Any) -> Any:
     wants_cpu = any(a == "--device=cpu" or arguments[i : i + 2] == ["--device", "cpu"] for i, a in enumerate(arguments))
     name = "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"
     return load_recipe(RECIPES / f"{name}.toml", command)
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """What a record says to type for the same again: the command without paths of the machine that measured."""
+    kept: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        if argument in MACHINE_PATHS:
+            next(left, None)
+        elif argument.split("=", 1)[0] not in MACHINE_PATHS:
+            kept.append(argument)
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def gate_config(config: Config, gate: GateConfig) -> Config:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from abtest import template
 from abtest.arm import Arm, ArmFailed, ArmSpec
 from abtest.catalogue import find
 from abtest.census import changes
-from abtest.command import check_gate, default_for, gate_config, planned_units
+from abtest.command import check_gate, command_line, default_for, gate_config, planned_units
 from abtest.environment import describe
 from abtest.experiment import Candidate, Experiment
 from abtest.mps import behind_others, environment_of_arms, joined, shared_gpu
@@ -175,7 +174,7 @@ def _record(
     recipe["gate"].pop("oracle_cache", None)
     return GateRecord(
         run_id=f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sha}",
-        command=shlex.join(["python", "-m", "abtest.run", *sys.argv[1:]]),
+        command=command_line("abtest.run", sys.argv[1:]),
         finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         environment=environment | {"paths": evidence.build["paths"] if evidence else {}},
         recipe=recipe,

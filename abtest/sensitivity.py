@@ -13,7 +13,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 import tempfile
 import threading
@@ -27,7 +26,7 @@ import torch
 
 from abtest import limits
 from abtest.catalogue import Case, Planted, cases, catalogue
-from abtest.command import check_gate, gate_config
+from abtest.command import check_gate, command_line, gate_config
 from abtest.environment import describe
 from abtest.mps import shared_gpu
 from abtest.report import render, write_sensitivity
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         lines, sweep = run_units(planned, count, store)
     facts = {
         "run_id": f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{(environment['git_sha'] or 'nogit')[:7]}",
-        "command": shlex.join(["python", "-m", "abtest.sensitivity", *arguments]),
+        "command": command_line("abtest.sensitivity", arguments),
         "environment": environment, "recipe": _recipe(command), "carrier": list(carrier(command, device)),
         "limits": {name: value for name, value in vars(limits).items() if name.isupper() and isinstance(value, float)},
         "started": started, "finished": _now(), "seconds": time.monotonic() - began,

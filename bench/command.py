@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from abtest.command import check_gate, default_for
+from abtest.command import check_gate, command_line, default_for
 from abtest.settings import GateConfig
 from bench.ceilings import Ceilings
 from bench.clock import TimingConfig
@@ -100,5 +99,5 @@ def facts_of(run_id: str, recipe: dict[str, Any], environment: dict[str, Any], c
     }
     return {
         "run_id": run_id, "environment": environment | measured, "recipe": recipe, "data": {},
-        "command": shlex.join(["python", "-m", "bench.run", *sys.argv[1:]]),
+        "command": command_line("bench.run", sys.argv[1:]),
     }  # fmt: skip

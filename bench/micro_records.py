@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -174,23 +173,12 @@ class Recorder:
 def recorder(device: torch.device, reports: Path, arguments: Sequence[str]) -> Recorder:
     """What is the user's to mend is to mend now, not after the measurement: raises UserError for a damaged line or a path
     that can't be. arguments: the command's; which folder the record goes to is no part of it."""
+    from abtest.command import command_line
     from abtest.environment import describe
 
-    made = Recorder(reports, shlex.join(["python", "-m", "bench.micro", *without_reports(arguments)]), describe(device))
+    made = Recorder(reports, command_line("bench.micro", arguments), describe(device))
     with writing_to(reports):
         made.path.parent.mkdir(parents=True, exist_ok=True)
         if made.path.exists():
             read(made.path)
     return made
-
-
-def without_reports(arguments: Sequence[str]) -> list[str]:
-    """The arguments without `--reports PATH`, a path of somebody's machine."""
-    kept: list[str] = []
-    left = iter(arguments)
-    for argument in left:
-        if argument == "--reports":
-            next(left, None)
-        elif not argument.startswith("--reports="):
-            kept.append(argument)
-    return kept

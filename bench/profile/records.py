@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -167,10 +166,10 @@ class Recorder(micro_records.Recorder):
 def recorder(device: torch.device, reports: Path, arguments: Sequence[str]) -> Recorder:
     """What is the user's to mend is to mend now, not after the measurement: raises UserError for a damaged line or a path
     that can't be. arguments: the command's; which folder the record goes to is no part of it."""
+    from abtest.command import command_line
     from abtest.environment import describe
 
-    kept = micro_records.without_reports(arguments)
-    made = Recorder(reports, shlex.join(["python", "-m", "bench.profile", *kept]), describe(device))
+    made = Recorder(reports, command_line("bench.profile", arguments), describe(device))
     with writing_to(reports):
         made.path.parent.mkdir(parents=True, exist_ok=True)
         if made.path.exists():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from abtest.arm import Arm
-from abtest.command import gate_config
+from abtest.command import command_line, gate_config
 from abtest.environment import describe
 from abtest.mps import environment_of_arms
 from bench.claims import Claims, alone_in
@@ -43,7 +42,7 @@ from loop.model import resolve_device
 def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    words = shlex.join(["python", "-m", "bench.search", *arguments])
+    words = command_line("bench.search", arguments)
     command = parse(default(arguments), "python -m bench.search", "Finds the fastest lossless set.", arguments)
     device, dtype = resolve_device(command)
     check_search(command)
