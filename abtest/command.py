@@ -13,7 +13,7 @@ import torch
 from abtest.settings import GateConfig
 from loop.config import Config, config_of
 from loop.errors import UserError
-from loop.recipe import load_recipe
+from loop.recipe import load_recipe, to_plain
 
 RECIPES = Path(__file__).parent / "recipes"
 # Where a machine keeps things, which changes no result: no part of a record.
@@ -37,6 +37,15 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
         elif argument.split("=", 1)[0] not in MACHINE_PATHS:
             kept.append(argument)
     return shlex.join(["python", "-m", module, *kept])
+
+
+def gate_recipe(command: Any) -> dict[str, Any]:
+    """What a record keeps of a command that gates: its settings, without where this machine keeps what it makes."""
+    recipe = to_plain(command)
+    for name in ("reports", "output", "units"):
+        recipe.pop(name, None)
+    recipe["gate"].pop("oracle_cache", None)
+    return recipe
 
 
 def gate_config(config: Config, gate: GateConfig) -> Config:

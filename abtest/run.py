@@ -23,7 +23,7 @@ from abtest import template
 from abtest.arm import Arm, ArmFailed, ArmSpec
 from abtest.catalogue import find
 from abtest.census import changes
-from abtest.command import check_gate, command_line, default_for, gate_config, planned_units
+from abtest.command import check_gate, command_line, default_for, gate_config, gate_recipe, planned_units
 from abtest.environment import describe
 from abtest.experiment import Candidate, Experiment
 from abtest.mps import behind_others, environment_of_arms, joined, shared_gpu
@@ -39,7 +39,6 @@ from loop.cli import guarded, parse
 from loop.config import Config
 from loop.errors import UserError
 from loop.model import resolve_device
-from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 WRONG = (Level.FAILED.value, Level.INVALID.value)
@@ -168,16 +167,12 @@ def _record(
     change = changes(reference.work, evidence.work) if evidence else None
     planted = find(command.plant).planted if command.plant else None
     sha = (environment["git_sha"] or "nogit")[:7]
-    recipe = to_plain(command)
-    for machine_path in ("reports", "output"):
-        recipe.pop(machine_path, None)
-    recipe["gate"].pop("oracle_cache", None)
     return GateRecord(
         run_id=f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{sha}",
         command=command_line("abtest.run", sys.argv[1:]),
         finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         environment=environment | {"paths": evidence.build["paths"] if evidence else {}},
-        recipe=recipe,
+        recipe=gate_recipe(command),
         data=reference.build["data"],
         name=name,
         optimizations=tuple(command.optimization),

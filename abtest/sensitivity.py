@@ -26,7 +26,7 @@ import torch
 
 from abtest import limits
 from abtest.catalogue import Case, Planted, cases, catalogue
-from abtest.command import check_gate, command_line, gate_config
+from abtest.command import check_gate, command_line, gate_config, gate_recipe
 from abtest.environment import describe
 from abtest.mps import shared_gpu
 from abtest.report import render, write_sensitivity
@@ -37,7 +37,6 @@ from loop.cli import guarded, parse
 from loop.config import Config, DataConfig, LoraConfig
 from loop.errors import UserError
 from loop.model import resolve_device
-from loop.recipe import to_plain
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = (0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01)  # of the sweep, relative errors of one projection
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = {
         "run_id": f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{(environment['git_sha'] or 'nogit')[:7]}",
         "command": command_line("abtest.sensitivity", arguments),
-        "environment": environment, "recipe": _recipe(command), "carrier": list(carrier(command, device)),
+        "environment": environment, "recipe": gate_recipe(command), "carrier": list(carrier(command, device)),
         "limits": {name: value for name, value in vars(limits).items() if name.isupper() and isinstance(value, float)},
         "started": started, "finished": _now(), "seconds": time.monotonic() - began,
     }  # fmt: skip
@@ -276,14 +275,6 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "benign": len(benign), "false_alarms": alarms,
         "survivors": sorted(f"{s['name']}:{s['layer']}:{s['magnitude']:g} ({s['method']})" for s in survivors),
     }  # fmt: skip
-
-
-def _recipe(command: Command) -> dict[str, Any]:
-    recipe = to_plain(command)
-    for machine_path in ("reports", "output", "units"):
-        recipe.pop(machine_path, None)
-    recipe["gate"].pop("oracle_cache", None)
-    return recipe
 
 
 def _now() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -40,14 +41,21 @@ class Stopwatch:
         return totals | {"positions": sum(positions_of(self.run, batch) for batch in self.batches)}
 
     def _block(self) -> float:
-        self._synchronize()
-        began = time.perf_counter()
-        for batch in self.batches:
-            self.run.micro_step(self.run, batch, batch.supervised_tokens)
-        self._synchronize()
-        seconds = time.perf_counter() - began
+        seconds = self._seconds(self._micro_steps)
         self.run.optimizer.zero_grad()
         return seconds
+
+    def _micro_steps(self) -> None:
+        for batch in self.batches:
+            self.run.micro_step(self.run, batch, batch.supervised_tokens)
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """What `work` takes, the device's share of it included."""
+        self._synchronize()
+        began = time.perf_counter()
+        work()
+        self._synchronize()
+        return time.perf_counter() - began
 
     def _synchronize(self) -> None:
         if self.run.device.type == "cuda":
@@ -84,11 +92,7 @@ class Stopwatch:
         self.loaded = None
         for master, gradient in self.kept:
             master.grad = gradient
-        self._synchronize()
-        began = time.perf_counter()
-        self.run.optimizer.step(0)
-        self._synchronize()
-        return {"seconds": time.perf_counter() - began}
+        return {"seconds": self._seconds(lambda: self.run.optimizer.step(0))}
 
     def finish_updates(self) -> dict:
         """Lets go of the gradients."""

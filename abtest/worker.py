@@ -229,9 +229,7 @@ class Worker(Examiner, Stopwatch):
     def _large(self) -> bool:
         """Whether this is a GPU so large that the other arms have theirs when this one recomputes nothing, which is known
         once it has recomputed."""
-        if self.run.device.type == "cpu" or self.recomputing is None:
-            return False
-        return torch.cuda.get_device_properties(self.run.device).total_memory >= ROOM * self.recomputing
+        return self.recomputing is not None and device_bytes(self.run.device) >= ROOM * self.recomputing
 
     def save_weights(self, path: str) -> dict:
         """Writes the weights as they are as a state."""

@@ -32,6 +32,7 @@ class TimingConfig:
 UPDATES = 12  # pairs of samples of an update, which takes milliseconds
 RACE = 3  # times as many blocks for two that are both fast: they take no longer than those beside stock
 Ratio = tuple[float, float, float]  # and the ends of its 95 % interval
+ITSELF: Ratio = (1.0, 1.0, 1.0)  # the reference's
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Lap:
     arm: Arm
     totals: dict[str, int] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
-    ratio: Ratio = (1.0, 1.0, 1.0)
+    ratio: Ratio = ITSELF
     failed: str | None = None
 
 
@@ -55,7 +56,10 @@ def time_arms(
     """
     totals, _, other, ratio = _in_turn(reference, candidate, settings, on_progress)
     perf = _perf(candidate, totals, other, ratio, settings, matmul_rate)
-    return _with_updates(perf, reference, candidate)[1] if updates else perf
+    if not updates:
+        return perf
+    _, milliseconds, ratio = _time_updates(reference, candidate)
+    return _with_update(perf, milliseconds, ratio)
 
 
 def time_equals(
@@ -63,24 +67,29 @@ def time_equals(
 ) -> tuple[Perf, Perf]:
     """The reference and its second process in turn: Perf of the first, whose ratio is 1 by definition, and of the second."""
     totals, one, other, ratio = _in_turn(reference, repeat, settings, on_progress)
-    first = _perf(reference, totals, one, (1.0, 1.0, 1.0), settings, matmul_rate)
-    milliseconds, again = _with_updates(_perf(repeat, totals, other, ratio, settings, matmul_rate), reference, repeat)
-    return replace(first, update_ms=milliseconds, update_ratio=1.0, update_ratio_low=1.0, update_ratio_high=1.0), again
+    first = _perf(reference, totals, one, ITSELF, settings, matmul_rate)
+    second = _perf(repeat, totals, other, ratio, settings, matmul_rate)
+    before, after, ratio = _time_updates(reference, repeat)
+    return _with_update(first, before, ITSELF), _with_update(second, after, ratio)
 
 
-def _with_updates(perf: Perf, reference: Arm, candidate: Arm) -> tuple[float, Perf]:
-    """The reference's update in ms, and the candidate's `perf` with what its own takes, both timed in turn."""
-    pair, seconds = (reference, candidate), ([], [])
-    for arm in pair:
-        arm.call("prepare_updates")
+def _time_updates(reference: Arm, candidate: Arm) -> tuple[float, float, Ratio]:
+    """The median update of either, ms, timed in turn, and their ratio."""
+    laps = [Lap(reference), Lap(candidate)]
+    for lap in laps:
+        lap.arm.call("prepare_updates")
     for turn in range(UPDATES):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
-            seconds[side].append(pair[side].call("time_update")["seconds"])
-    for arm in pair:
-        arm.call("finish_updates")
-    before, after = (1e3 * statistics.median(own) for own in seconds)
-    ratio, low, high = ratio_interval(*map(np.array, seconds))
-    return before, replace(perf, update_ms=after, update_ratio=ratio, update_ratio_low=low, update_ratio_high=high)
+        for lap in _order(laps, turn):
+            lap.seconds.append(lap.arm.call("time_update")["seconds"])
+    for lap in laps:
+        lap.arm.call("finish_updates")
+    before, after = (1e3 * statistics.median(lap.seconds) for lap in laps)
+    return before, after, ratio_interval(*(np.array(lap.seconds) for lap in laps))
+
+
+def _with_update(perf: Perf, milliseconds: float, ratio: Ratio) -> Perf:
+    middle, low, high = ratio
+    return replace(perf, update_ms=milliseconds, update_ratio=middle, update_ratio_low=low, update_ratio_high=high)
 
 
 def race(peer: Arm, other: Arm, record: Record, settings: TimingConfig) -> Race:

@@ -180,7 +180,7 @@ class Bench:
         if may_hold_time(plan.role, candidate.verdict.level):
             untimed = plan.untimed
             if untimed is None:
-                perf, untimed = self._time(candidate.arm, beside, updates=plan.role != "peer")
+                perf, untimed = self._time(plan, candidate.arm, beside)
         if beside is not None and perf is not None:
             own, perf = perf
         evidence = candidate.evidence
@@ -194,13 +194,16 @@ class Bench:
             **({"beside": beside, "notes": (note(plan.config, self.config, own),)} if beside is not None else {}),
         )  # fmt: skip
 
-    def _time(self, arm: Arm, beside: Experiment | None, updates: bool) -> tuple[Any, str | None]:
-        """What the clock gives, or why it gave nothing; the gate's verdict stands either way."""
+    def _time(self, plan: ArmPlan, arm: Arm, beside: Experiment | None) -> tuple[Any, str | None]:
+        """What the clock gives, or why it gave nothing; the gate's verdict stands either way. A peer's updates are the
+        loop's."""
         stock = (beside or self.experiment).reference_arm
         self.experiment.waiting.quiet()
         how = (self.command.timing, self.matmul_rate, self.progress)
         try:
-            return time_arms(stock, arm, *how, updates) if beside is None else time_equals(stock, arm, *how), None
+            if beside is not None:
+                return time_equals(stock, arm, *how), None
+            return time_arms(stock, arm, *how, plan.role != "peer"), None
         except ArmFailed as error:
             self.progress.say(error.output)
             return None, f"timing broke off: {error}"
@@ -231,7 +234,7 @@ class Bench:
         try:
             with Arm(self._spec(plan), experiment.folder, behind_others(experiment.environment)) as arm:
                 took = arm.build().get("peer", {})
-                perf, untimed = self._time(arm, None, updates=False)
+                perf, untimed = self._time(plan, arm, None)
                 beside = self._race(plan, arm, perf)
         except ArmFailed as error:
             self.progress.say(error.output)

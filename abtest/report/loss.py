@@ -30,11 +30,8 @@ class LossCurve:
     first: int = 1
 
 
-def loss_plot(curve: LossCurve, level: str, device: str, run_id: str, shown: list[str]) -> bytes:
-    """Loss of reference and candidate by step, and below it their difference beside the noise floor, as a PNG.
-
-    shown: everything that the figure depends on, as text; its digest goes into the file.
-    """
+def loss_plot(curve: LossCurve, level: str, device: str, run_id: str) -> bytes:
+    """Loss of reference and candidate by step, and below it their difference beside the noise floor, as a PNG."""
 
     def draw(figure: Figure) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -48,7 +45,7 @@ def loss_plot(curve: LossCurve, level: str, device: str, run_id: str, shown: lis
         bottom.set_xlim(curve.first - margin, curve.first + count - 1 + margin)
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
-    return png(draw, (8.0, 5.6), shown)
+    return png(draw, (8.0, 5.6), ["loss", device, run_id, level, repr(curve)])
 
 
 def _draw_losses(axes: Axes, curve: LossCurve) -> None:

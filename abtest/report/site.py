@@ -49,8 +49,7 @@ def files(data_dir: Path) -> dict[Path, bytes]:
 def _loss_plot(gated: Gated) -> bytes:
     record = gated.record
     curve = LossCurve(record.name, record.losses, record.reference_losses, record.noise_sigma, first=0)
-    shown = ["gate loss", gated.device, records.to_json(record)]
-    return loss_plot(curve, record.verdict.level.value, gated.device, record.run_id, shown)
+    return loss_plot(curve, record.verdict.level.value, gated.device, record.run_id)
 
 
 def write(content: Mapping[Path, bytes], out_dir: Path, patterns: Iterable[str]) -> list[Path]:

@@ -31,8 +31,7 @@ NOTES = {"peer": "  (peer)", "negative": "  (negative result)", "repeat": "  (th
 def loss_plot(record: Record, device: str) -> bytes:
     """Loss of reference and candidate by step, and below it their difference beside the noise floor, as a PNG."""
     curve = LossCurve(record.arm, record.losses, record.reference_losses, record.noise_sigma)
-    level = record.verdict.level.value
-    return loss.loss_plot(curve, level, device, record.run_id, ["loss", device, record.run_id, level, repr(curve)])
+    return loss.loss_plot(curve, record.verdict.level.value, device, record.run_id)
 
 
 def ratio_plot(current: Sequence[Record], shipped: Record | None, device: str) -> bytes:
