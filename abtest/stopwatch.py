@@ -77,26 +77,37 @@ class Stopwatch:
         return {"peak_memory_bytes": peak, "launches": launches, "kernels": names}
 
     def prepare_updates(self) -> dict:
-        """Keeps the gradients of one micro-step, from which every timed update is made, and makes one for warming up."""
-        self.run.optimizer.zero_grad()
-        self.run.micro_step(self.run, self.batches[0], self.batches[0].supervised_tokens)
-        self.kept = [(master, master.grad) for master in self.run.optimizer.masters.values() if master.grad is not None]
+        """Makes one update for warming up."""
         self.time_update()
         return {}
 
     def time_update(self) -> dict:
-        """Seconds for one update of the weights: clipping, AdamW, and rounding the masters into what computes.
+        """Seconds that an update of the weights adds to the micro-step before it: clipping, AdamW, and rounding the masters
+        into what computes.
 
-        At the rate of the first step, which is the warm-up's least; the weights are no longer those of a state.
+        On a GPU from the end of the micro-step's work there to the end of the update's. Where the host is ahead of the
+        device, as with graphs, it prepares the update meanwhile, and only what the device does is added; where it is not,
+        what the host takes is added, too. At the rate of the first step, which is the warm-up's least; the weights are no
+        longer those of a state.
         """
         self.loaded = None
-        for master, gradient in self.kept:
-            master.grad = gradient
-        return {"seconds": self._seconds(lambda: self.run.optimizer.step(0))}
+        self.run.optimizer.zero_grad()
+        self.run.micro_step(self.run, self.batches[0], self.batches[0].supervised_tokens)
+        return {"seconds": self._seconds_behind(lambda: self.run.optimizer.step(0))}
+
+    def _seconds_behind(self, work: Callable[[], object]) -> float:
+        """What `work` takes behind what the device still has to do; on a CPU that is nothing."""
+        if self.run.device.type != "cuda":
+            return self._seconds(work)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1000
 
     def finish_updates(self) -> dict:
-        """Lets go of the gradients."""
-        self.kept = []
+        """Gives back what only the updates needed."""
         if self.run.device.type == "cuda":
             torch.cuda.empty_cache()
         return {}

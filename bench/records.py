@@ -37,7 +37,8 @@ class Perf:
     median of the paired blocks; ratio_low and ratio_high bound its 95 % interval. micro_step_ms is the median time of
     one micro-step. mfu is model FLOPs over the measured matrix rate, None where none was measured. update_ms is the median
     time of an update of the weights, which no other number here holds; update_ratio is the reference's over it, as ratio is.
-    Peers have none, since their updates are the loop's, nor have older records.
+    Peers have none, since their updates are the loop's, nor have older records. update_in_step: it was timed behind a
+    micro-step, as a step has it; where not, by itself, so that on a GPU it is what the host takes to launch it.
     """
 
     positions_per_s: float
@@ -55,6 +56,7 @@ class Perf:
     update_ratio: float | None = None
     update_ratio_low: float | None = None
     update_ratio_high: float | None = None
+    update_in_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def from_json(line: str) -> Record:
 
 
 def _perf(fields: dict[str, Any]) -> Perf:
-    return _whole(Perf(**numbers(fields, tuple(fields))), "perf")
+    in_step = expect(fields.pop("update_in_step", False), bool, "update_in_step")
+    return _whole(Perf(**numbers(fields, tuple(fields)), update_in_step=in_step), "perf")
 
 
 def _whole(made: D, name: str) -> D:

@@ -45,6 +45,11 @@ LEGEND = """\
 - An optimization ships if it is lossless and the whole interval is above 1 and above all that the interval of the
   reference beside itself reaches."""
 BUT_PEERS = " A peer is all the same: it never ships, and has to be beaten whatever it does."
+UPDATES = (
+    " A step has one update of the weights, which no other column holds: what it adds to a micro-step before it, timed "
+    "in turn with stock's."
+)
+UPDATES_ALONE = " By itself it began on a device at rest, and on a GPU is what the host takes to launch it."
 COLUMNS = """\
 - Decided by: the gate's check that came closest to its limit, or failed by most; each arm's page has them all.
 - Micro: the op on its own, forward and backward, over PyTorch's, and the largest part of the hardware limit that it reaches.
@@ -255,7 +260,9 @@ def _throughput(setting: Setting) -> str:
     parts = [table(header, rows, numeric=range(1, len(header))) if rows else "", "\n".join(untimed)]
     note = "Real tokens leave out padding; MFU is of the measured matrix rate; launches are device kernels a micro-step."
     if updates:
-        note += " A step has one update of the weights, which no other column holds: timed by itself, in turn with stock's."
+        note += UPDATES
+        alone = any(record.perf.update_ms is not None and not record.perf.update_in_step for record in timed)
+        note += UPDATES_ALONE if alone else ""
     return "\n\n".join(part for part in (*parts, note if rows else "") if part)
 
 

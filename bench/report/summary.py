@@ -14,6 +14,7 @@ from bench.report.shipping import decide
 PERF = (
     "ratio", "ratio_low", "ratio_high", "real_tokens_per_s", "positions_per_s", "supervised_tokens_per_s",
     "peak_memory_bytes", "mfu", "launches", "update_ms", "update_ratio", "update_ratio_low", "update_ratio_high",
+    "update_in_step",
 )  # fmt: skip
 
 

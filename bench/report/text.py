@@ -39,12 +39,14 @@ def ratio(perf: Perf) -> str:
 
 
 def update(perf: Perf, compared: bool) -> str:
-    """What an update of the weights takes, and, if compared, how many times as long the reference's does."""
+    """What an update of the weights takes, by itself or as a step has it, and, if compared, how many times as long the
+    reference's does."""
     if perf.update_ms is None:
         return NOTHING
     values = (perf.update_ratio, perf.update_ratio_low, perf.update_ratio_high)
     known = compared and None not in values
-    return f"{number(perf.update_ms, 3)} ms" + (f", {_interval(*values)}" if known else "")
+    where = "" if perf.update_in_step else " by itself"
+    return f"{number(perf.update_ms, 3)} ms{where}" + (f", {_interval(*values)}" if known else "")
 
 
 def _interval(*values: float) -> str:

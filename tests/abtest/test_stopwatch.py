@@ -48,7 +48,7 @@ def test_peak_memory_counts_what_graphs_hold_but_not_what_is_cached(reserved, ex
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("enable", [(), ("static_lora",)])
-def test_an_update_is_made_of_a_micro_step_s_gradients_time_and_again(dtype, enable):
+def test_an_update_has_a_micro_step_of_its_own_time_and_again(dtype, enable):
     watch = Stopwatch()
     watch.run, watch.dataset = build(dataclasses.replace(CONFIG, dtype=dtype), enable)
     watch.loaded = "a state"
@@ -61,14 +61,45 @@ def test_an_update_is_made_of_a_micro_step_s_gradients_time_and_again(dtype, ena
         return {float(own["step"]) for own in optimizer.adamw.state.values()}
 
     watch.prepare_timing(1, 1)
-    before = weights()
+    before, micro_step, steps = weights(), watch.run.micro_step, []
+    watch.run.micro_step = lambda *arguments: steps.append(counts()) or micro_step(*arguments)
     assert not counts() and watch.prepare_updates() == {} and counts() == {1}, "it warms up"
-    gradients = [gradient for _, gradient in watch.kept]
-    assert any(gradient.abs().sum() > 0 for gradient in gradients)
     for turn in (2, 3):
         assert watch.time_update()["seconds"] > 0 and counts() == {turn}
+    assert steps == [set(), {1}, {2}], "each update has gradients of its own"
     after = weights()
     assert any(not torch.equal(before[name], after[name]) for name in before) and watch.loaded is None
-    assert watch.finish_updates() == {} and not watch.kept
+    assert watch.finish_updates() == {}
     assert all(gradient is None for gradient in optimizer.gradients().values())
     assert watch.time_block()["seconds"] > 0
+
+
+def test_on_a_gpu_an_update_is_timed_from_the_end_of_a_micro_step_by_events(monkeypatch):
+    """The host is not waited for between the two: what it does while the device is at the micro-step costs nothing."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("waits")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("waits"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("gives back"))
+    watch = Stopwatch()
+    watch.batches = [SimpleNamespace(supervised_tokens=5), "another"]
+    optimizer = SimpleNamespace(zero_grad=lambda: log.append("clears"), step=lambda step: log.append(f"update {step}"))
+    watch.run = SimpleNamespace(
+        device=CUDA, optimizer=optimizer, micro_step=lambda run, batch, tokens: log.append(f"micro-step {tokens}")
+    )
+    assert watch.time_update() == {"seconds": 0.00125}
+    assert log == ["clears", "micro-step 5", "event", "update 0", "event", "waits"]
+    assert watch.finish_updates() == {} and log[-1] == "gives back"

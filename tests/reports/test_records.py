@@ -16,6 +16,7 @@ from bench import records
 from bench.report.pages import arm_page
 from loop.errors import UserError
 
+TIMED = records.to_json(synthetic.record(perf=synthetic.perf()))
 NOT_LOSSLESS = [level for level in Level if not level.lossless]
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -128,6 +129,7 @@ def test_a_torn_line_is_named_and_swallows_nothing(tmp_path):
         (records.to_json(synthetic.record()).replace('"passed": true', '"passed": "false"').encode(), "true or false"),
         (records.to_json(synthetic.record()).replace('"role": "optimization"', '"role": "hero"').encode(), "hero"),
         (records.to_json(synthetic.record()).replace('"limit": 6.0', '"limit": [6]').encode(), "not a number"),
+        (TIMED.replace('"update_in_step": false', '"update_in_step": 1').encode(), "update_in_step"),
         (records.to_json(synthetic.record()).replace('"schema": 1', '"schema": 2').encode(), "schema 2"),
     ],
 )

@@ -299,9 +299,16 @@ def test_updates_have_a_column_where_one_was_timed(tmp_path):
         rows = next(t for t in tables((reports / SLUG / "README.md").read_text()) if "MFU" in t[0])
         return rows[0], {row[0]: row for row in rows[1:]}
 
-    timed = {"update_ms": 1.3, "update_ratio": 5.8, "update_ratio_low": 5.7, "update_ratio_high": 5.9}
+    timed = {
+        "update_ms": 1.3,
+        "update_ratio": 5.8,
+        "update_ratio_low": 5.7,
+        "update_ratio_high": 5.9,
+        "update_in_step": True,
+    }
     stock = synthetic.reference()
-    own = dataclasses.replace(stock.perf, update_ms=7.6, update_ratio=1.0, update_ratio_low=1.0, update_ratio_high=1.0)
+    equal = {"update_ratio": 1.0, "update_ratio_low": 1.0, "update_ratio_high": 1.0}
+    own = dataclasses.replace(stock.perf, update_ms=7.6, update_in_step=True, **equal)
     arms = [
         synthetic.record(name, Level.ROUNDING, perf=synthetic.perf(1.5, **more)) for name, more in (("a", timed), ("b", {}))
     ]
@@ -312,4 +319,19 @@ def test_updates_have_a_column_where_one_was_timed(tmp_path):
     assert "5.80x [5.70, 5.90]" in (one / SLUG / "a.md").read_text()
     assert "update of the weights |" not in (one / SLUG / "b.md").read_text()
     header, _ = page(other, stock, arms[1])
-    assert "update" not in header and "timed by itself" not in (other / SLUG / "README.md").read_text()
+    assert "update" not in header and "update of the weights" not in (other / SLUG / "README.md").read_text()
+
+
+def test_an_update_that_was_timed_by_itself_says_so(tmp_path):
+    def page(name: str, in_step: bool) -> str:
+        perf = synthetic.perf(1.5, update_ms=6.7, update_ratio=1.05, update_ratio_low=1.0, update_ratio_high=1.2)
+        perf = dataclasses.replace(perf, update_in_step=in_step)
+        render(
+            write(tmp_path / name, [synthetic.reference(), synthetic.record("a", Level.ROUNDING, perf=perf)]),
+            tmp_path / name,
+        )
+        return (tmp_path / name / SLUG / "README.md").read_text()
+
+    before, now = page("before", False), page("now", True)
+    assert "6.7 ms by itself, 1.05x" in before and "on a device at rest" in before
+    assert "6.7 ms, 1.05x" in now and "by itself" not in now.lower() and "adds to a micro-step" in now
