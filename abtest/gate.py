@@ -128,15 +128,16 @@ def judge(
     untrue = next((check for check in exact if not check.passed), None)
     if difference is None and untrue is None:
         return _bitwise(claim, len(reference.losses), (*every, Check("bits of every step", 0.0, 0.0, True)))
+    off = [check for check in numeric if not check.passed]
+    far = f"; {_closest(off)}" if off else ""  # not bits alone, nor structure
     if claim is Exactness.BITWISE and difference is not None:
         found = Check("bits of every step", None, None, False, f"first difference: {difference}")
-        return Verdict(Level.FAILED, f"claimed BITWISE, but {difference} differs", (*every, found))
+        return Verdict(Level.FAILED, f"claimed BITWISE, but {difference} differs{far}", (*every, found))
     if claim is Exactness.APPROX and (untrue is None or untrue.part != 5):  # another function still keeps documents apart
         return Verdict(Level.APPROX, f"another function by its author's word; {_closest(numeric)}", every)
     if untrue is not None:
-        return Verdict(Level.FAILED, f"{untrue.name}: no{_beside(untrue)}{_because(untrue)}", every)
-    failed = any(not check.passed for check in numeric)
-    return Verdict(Level.FAILED if failed else Level.ROUNDING, _closest(numeric), every)
+        return Verdict(Level.FAILED, f"{untrue.name}: no{_beside(untrue)}{_because(untrue)}{far}", every)
+    return Verdict(Level.FAILED if off else Level.ROUNDING, _closest(numeric), every)
 
 
 def repeats(reference: Evidence, repeat: Evidence) -> Verdict:

@@ -2,8 +2,9 @@
 
 Padded: one document a row. Mean: packs as long as the mean document, a longer one being a pack of its own. Longest: packs as
 long as the longest document. Pack: as the recipe has it, one a micro-step. Rows: `--above` of them as the rows of a
-micro-step. Above: the same ones joined into one. They take turns, and who begins moves on from round to round. The last line
-on stdout is one JSON document; everything before it is the same for a reader.
+micro-step. Above: the same ones joined into one. They take turns, and who begins moves on from round to round. With
+`--optimization NAME ...` all of them run with these switched on: what packing saves depends on what the time goes to. The
+last line on stdout is one JSON document; everything before it is the same for a reader.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Command(Config):
     data: DataConfig = field(default_factory=lambda: DataConfig(fill="shuffled"))
     above: int = 2  # packs of the recipe that are joined into one
     rounds: int = 10  # in which every layout takes its turn
+    optimization: tuple[str, ...] = ()  # what to switch on for all layouts, by name
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     if command.above < 2 or command.rounds < 2:
         raise UserError(f"--above {command.above} --rounds {command.rounds}: at least 2 of each are needed")
     config = config_of(command)
-    run, dataset = build(replace(config, data=replace(config.data, rows="packed")))
+    run, dataset = build(replace(config, data=replace(config.data, rows="packed")), command.optimization)
+    _check(run)
     packs = [batch.to(run.device) for batch in dataset.micro_batches(0, command.above, 1)]
     own = layouts(packs)
     sampler = Sampler(run, sum(pack.supervised_tokens for pack in packs))
@@ -169,9 +172,19 @@ def main(argv: list[str] | None = None) -> int:
         print(line(row))
     print(json.dumps({
         "device": device_name(run.device), "model": config.model, "method": config.method,
-        "pack_length": config.data.pack_length, "rounds": command.rounds, "rows": [asdict(row) for row in rows],
+        "pack_length": config.data.pack_length, "rounds": command.rounds, "enabled": run.enabled,
+        "rows": [asdict(row) for row in rows],
     }))  # fmt: skip
     return 0
+
+
+def _check(run: Run) -> None:
+    """Raises UserError where something asked for is off, or would be by-passed."""
+    for name, reason in run.refused.items():
+        raise UserError(f"--optimization {name}: {reason}")
+    if run.micro_step is not plain_micro_step:
+        names = " ".join(run.enabled)
+        raise UserError(f"--optimization {names}: one has a micro-step of its own, and here the layout decides on it")
 
 
 if __name__ == "__main__":

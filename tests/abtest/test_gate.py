@@ -305,6 +305,16 @@ def test_beyond_any_limit_fails_and_the_reason_names_it(number, words, excess):
     assert ("(the one)" in result.reason) == (number == "rho")
 
 
+@pytest.mark.parametrize("claim", [Exactness.BITWISE, Exactness.ROUNDING])
+@pytest.mark.parametrize("far", [False, True])
+def test_what_is_refused_for_bits_or_structure_says_how_far_its_numbers_are_off(claim, far):
+    candidate = rounded(BROKEN["structure"])
+    result = verdict(candidate, claim, comparison=dataclasses.replace(CLOSE, geomean=6.77) if far else CLOSE)
+    first = "claimed BITWISE, but gradients of step 0 differs" if claim is Exactness.BITWISE else REASONS["structure"]
+    numbers = f"; gradient error ratio, geometric mean at step 0 6.77 of at most {limits.GEOMEAN:.3g}"
+    assert result.level is Level.FAILED and result.reason == first + (numbers if far else "")
+
+
 @pytest.mark.parametrize("number", ["rho", "geomean"])
 def test_the_overfit_state_has_limits_of_its_own(number):
     beyond = dataclasses.replace(CLOSE, **{number: math.nextafter(getattr(AT_LIMITS_OVERFIT, number), 100)})

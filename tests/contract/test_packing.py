@@ -239,6 +239,26 @@ def test_every_layout_is_measured_on_the_same_documents(capsys, tmp_path):
         measure.main([*flags, "--above", "1", "--rounds", "2"])
 
 
+def test_layouts_are_measured_with_what_is_switched_on(capsys, tmp_path):
+    flags = ["--model", "qwen3-tiny", "--device", "cpu", "--data.cache-dir", str(tmp_path), "--data.max-examples", "60"]
+    flags += ["--data.pack-length", "256", "--rounds", "2", "--optimization"]
+    assert measure.main([*flags, "static_lora", "supervised_logits"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["enabled"] == ["static_lora", "supervised_logits"]
+    for names, words in (
+        (["packing_above_mean"], "packing_above_mean: a micro-step has 1 pack"),
+        (["cuda_graphs"], "cuda_graphs: "),
+        (["nothing"], "nothing"),
+    ):
+        with pytest.raises(UserError, match=words):
+            measure.main([*flags, *names])
+
+
+def test_a_micro_step_that_is_somebody_s_own_is_not_measured():
+    run = SimpleNamespace(refused={}, enabled=["cuda_graphs"], micro_step=lambda *arguments: None)
+    with pytest.raises(UserError, match="cuda_graphs: one has a micro-step of its own"):
+        measure._check(run)
+
+
 def test_layouts_take_turns():
     own = [measure.Layout(name, (batch_of((3, 2)),)) for name in "abc"]
     seen: list[str] = []
