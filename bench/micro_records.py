@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from abtest import jsonl
 from abtest.jsonl import expect, keys, number
 from abtest.verdict import Level
 from bench import by_device
-from bench.records import writing_to
+from bench.recorder import Recorder, begin
 
 if TYPE_CHECKING:
     import torch
@@ -141,44 +141,6 @@ def load(data_dir: Path) -> dict[str, list[MicroRecord]]:
     return by_device.load(data_dir / FOLDER, read)
 
 
-@dataclass(frozen=True)
-class Recorder:
-    """Where the record of a measurement that is about to begin goes, and what of it is known already."""
-
-    reports: Path
-    command: str
-    environment: dict[str, Any]
-
-    @property
-    def path(self) -> Path:
-        return self.reports / "data" / FOLDER / f"{self.environment['device_slug']}.jsonl"
-
-    def keep(self, result: dict[str, Any]) -> None:
-        """Appends what `run_micro` returned. Raises UserError where the file can't be written."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        record = MicroRecord(now, self.command, self.environment, result)
-        with writing_to(self.reports):
-            jsonl.append(self.path, jsonl.dumps(record))
-
-    def render(self) -> None:
-        """Renders the reports, beside no other command that does. Raises UserError for a damaged record of any command."""
-        from bench.claims import alone_in
-        from bench.report import render
-
-        data_dir = self.reports / "data"
-        with writing_to(self.reports), alone_in(data_dir):
-            render(data_dir, self.reports)
-
-
 def recorder(device: torch.device, reports: Path, arguments: Sequence[str]) -> Recorder:
-    """What is the user's to mend is to mend now, not after the measurement: raises UserError for a damaged line or a path
-    that can't be. arguments: the command's; which folder the record goes to is no part of it."""
-    from abtest.command import command_line
-    from abtest.environment import describe
-
-    made = Recorder(reports, command_line("bench.micro", arguments), describe(device))
-    with writing_to(reports):
-        made.path.parent.mkdir(parents=True, exist_ok=True)
-        if made.path.exists():
-            read(made.path)
-    return made
+    """For results of `run_micro`. Raises UserError for a damaged line or a path that can't be."""
+    return begin("bench.micro", FOLDER, MicroRecord, read, device, reports, arguments)

@@ -7,15 +7,15 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abtest import jsonl
 from abtest.jsonl import expect, keys, strings
-from bench import by_device, micro_records
+from bench import by_device
 from bench.profile import groups, memory
-from bench.records import writing_to
+from bench.recorder import Recorder, begin
 
 if TYPE_CHECKING:
     import torch
@@ -148,30 +148,6 @@ def load(data_dir: Path) -> dict[str, list[ProfileRecord]]:
     return by_device.load(data_dir / FOLDER, read)
 
 
-class Recorder(micro_records.Recorder):
-    """Where the record of a profile that is about to be made goes, and what of it is known already."""
-
-    @property
-    def path(self) -> Path:
-        return self.reports / "data" / FOLDER / f"{self.environment['device_slug']}.jsonl"
-
-    def keep(self, result: dict[str, Any]) -> None:
-        """Appends a result. Raises UserError where the file can't be written."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        record = ProfileRecord(now, self.command, self.environment, json.loads(jsonl.dumps(result)))
-        with writing_to(self.reports):
-            jsonl.append(self.path, jsonl.dumps(record))
-
-
 def recorder(device: torch.device, reports: Path, arguments: Sequence[str]) -> Recorder:
-    """What is the user's to mend is to mend now, not after the measurement: raises UserError for a damaged line or a path
-    that can't be. arguments: the command's; which folder the record goes to is no part of it."""
-    from abtest.command import command_line
-    from abtest.environment import describe
-
-    made = Recorder(reports, command_line("bench.profile", arguments), describe(device))
-    with writing_to(reports):
-        made.path.parent.mkdir(parents=True, exist_ok=True)
-        if made.path.exists():
-            read(made.path)
-    return made
+    """For results of `bench.profile.measure.profile`. Raises UserError for a damaged line or a path that can't be."""
+    return begin("bench.profile", FOLDER, ProfileRecord, read, device, reports, arguments)
